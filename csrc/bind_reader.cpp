@@ -1,0 +1,84 @@
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "recording_reader.h"
+
+namespace py = pybind11;
+
+namespace dodoco {
+namespace {
+
+py::dict header_of(const RecordingReader& reader) {
+  const FileHeader h = reader.header();
+  py::dict d;
+  d["format_version"] = h.format_version;
+  d["file_bytes"] = h.file_bytes;
+  d["closed"] = h.state == static_cast<std::uint32_t>(FileState::kClosed);
+  d["created_unix_ns"] = h.created_unix_ns;
+  d["created_monotonic_ns"] = h.created_monotonic_ns;
+  d["closed_unix_ns"] = h.closed_unix_ns;
+  d["owner_pid"] = h.owner_pid;
+  d["rank"] = h.rank;
+  d["world_size"] = h.world_size;
+  d["num_lanes"] = h.num_lanes;
+  d["num_faults"] = h.num_faults;
+  d["last_fault"] = h.last_fault;
+  d["uuid"] = py::bytes(reinterpret_cast<const char*>(h.uuid), sizeof(h.uuid));
+  return d;
+}
+
+// (words, consistent)
+py::tuple board_of(const RecordingReader& reader, std::uint32_t lane, std::uint32_t layer) {
+  const auto words =
+      static_cast<py::ssize_t>(board_block_words(reader.layers().at(layer).num_experts));
+  py::array_t<std::uint64_t> out(words);
+  const bool consistent = reader.read_board(lane, layer, out.mutable_data());
+  return py::make_tuple(out, consistent);
+}
+
+// (bytes of RouteRecords, next position, lost, of unknown type)
+py::tuple ring_of(const RecordingReader& reader, std::uint32_t lane, std::uint64_t position,
+                  std::uint64_t limit) {
+  const RingRead read = reader.read_ring(lane, position, limit);
+  const auto* data = reinterpret_cast<const char*>(read.records.data());
+  return py::make_tuple(py::bytes(data, read.records.size() * sizeof(RouteRecord)), read.next,
+                        read.lost, read.unknown);
+}
+
+}  // namespace
+
+void register_reader(py::module_& m) {
+  py::register_exception<RecordingError>(m, "RecordingError", PyExc_OSError);
+  m.attr("BOARD_WORDS") = static_cast<std::uint32_t>(kBoardWords);
+  m.attr("SIZE_CLASSES") = kSizeClasses;
+  m.attr("GINI_BINS") = kGiniBins;
+  m.attr("MAX_MEAN_BINS") = kMaxMeanBins;
+  py::list bounds;
+  for (const std::uint32_t eighths : kMaxMeanEighths) bounds.append(eighths / 8.0);
+  m.attr("MAX_MEAN_BOUNDS") = py::tuple(bounds);
+
+  m.def("owner_alive",
+        [](const std::string& path) { return recording_owner(path) == Owner::kAlive; });
+
+  py::class_<RecordingReader>(m, "RecordingReader")
+      .def(py::init<const std::string&>(), py::arg("path"))
+      .def("header", &header_of)
+      .def("owner_alive",
+           [](const RecordingReader& reader) { return reader.owner() == Owner::kAlive; })
+      .def("metadata", [](const RecordingReader& reader) { return py::bytes(reader.metadata()); })
+      .def("layers",
+           [](const RecordingReader& reader) {
+             py::list layers;
+             for (const LayerEntry& layer : reader.layers())
+               layers.append(py::make_tuple(layer.num_experts, layer.top_k));
+             return layers;
+           })
+      .def_property_readonly("num_lanes", &RecordingReader::num_lanes)
+      .def("num_slots", &RecordingReader::num_slots, py::arg("lane"))
+      .def("head", &RecordingReader::head, py::arg("lane"))
+      .def("board", &board_of, py::arg("lane"), py::arg("layer"))
+      .def("ring", &ring_of, py::arg("lane"), py::arg("position"), py::arg("limit") = UINT64_MAX);
+}
+
+}  // namespace dodoco

@@ -1,0 +1,12 @@
+// One function per family of bindings; module.cpp calls them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace dodoco {
+
+void register_writer(pybind11::module_& m);
+void register_reader(pybind11::module_& m);
+void register_ops(pybind11::module_& m);
+
+}  // namespace dodoco

@@ -1,0 +1,97 @@
+// The board: exact cumulative counters of one layer in one lane.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+#include "route_stats.h"
+#include "words.h"
+
+namespace dodoco {
+
+inline std::uint32_t size_class(std::uint64_t tokens) {
+  std::uint32_t c = 0;
+  while (tokens > 1 && c + 1 < kSizeClasses) {
+    tokens >>= 1;
+    ++c;
+  }
+  return c;
+}
+
+// Both bins come from integer comparisons, so that every backend picks the same one.
+inline std::uint32_t gini_bin(const PassStatistics& s, std::uint64_t num_experts) {
+  // At most 2^16 experts times 2^32 assignments times 32 bins: fits.
+  const std::uint64_t bin = s.gini_numerator * kGiniBins / (num_experts * s.assignments);
+  return static_cast<std::uint32_t>(bin < kGiniBins ? bin : kGiniBins - 1);
+}
+
+inline std::uint32_t max_mean_bin(const PassStatistics& s, std::uint64_t num_experts) {
+  const std::uint64_t eighths = 8 * num_experts * s.max_count;
+  std::uint32_t bin = 0;
+  while (bin + 1 < kMaxMeanBins &&
+         eighths >= kMaxMeanEighths[bin + 1] * std::uint64_t{s.assignments})
+    ++bin;
+  return bin;
+}
+
+class BoardWriter {
+ public:
+  BoardWriter() = default;
+  BoardWriter(std::uint64_t* block, std::uint64_t num_experts)
+      : block_(block), num_experts_(num_experts) {}
+
+  // Publishes one counted pass. Caller: the block's only writer. `counts`: [num_experts].
+  // `recorded` adds it to the histograms too. Assignments come last: until then the counts do not
+  // sum to them, and a reader knows the block is in flight.
+  void add_pass(const PassTotals& totals, const std::uint32_t* counts, const PassStatistics& stats,
+                bool recorded, std::uint64_t now_ns) {
+    std::uint64_t* expert_counts = block_ + kBoardWords;
+    for (std::uint64_t e = 0; e < num_experts_; ++e) {
+      if (counts[e] != 0) add_to_own_word(expert_counts + e, counts[e]);
+    }
+    if (recorded) {
+      add_to_own_word(block_ + kRecordedPasses, 1);
+      if (stats.assignments != 0) {
+        const std::uint64_t row = size_class(totals.tokens);
+        std::uint64_t* histograms = expert_counts + board_count_words(num_experts_);
+        add_to_own_word(histograms + row * kGiniBins + gini_bin(stats, num_experts_), 1);
+        add_to_own_word(histograms + std::uint64_t{kSizeClasses} * kGiniBins + row * kMaxMeanBins +
+                            max_mean_bin(stats, num_experts_),
+                        1);
+      }
+    }
+    add_to_own_word(block_ + kTokens, totals.tokens);
+    add_to_own_word(block_ + kPadded, totals.padded);
+    add_to_own_word(block_ + kInvalid, totals.invalid);
+    add_to_own_word(block_ + kCapacityDropped, totals.capacity_dropped);
+    store_word(block_ + kLastPassMonotonicNs, now_ns);
+    add_to_own_word(block_ + kPasses, 1);
+    add_to_own_word(block_ + kAssignments, totals.assignments);
+  }
+
+  void add_recomputed() { add_to_own_word(block_ + kRecomputed, 1); }
+
+ private:
+  std::uint64_t* block_ = nullptr;
+  std::uint64_t num_experts_ = 0;
+};
+
+// Copies a block that may be moving to `words` [board_block_words(num_experts)]. Thread-safe; never
+// blocks. True: the copy is one the writer published (counts sum to assignments, nothing moved).
+inline bool read_block(const std::uint64_t* block, std::uint64_t num_experts,
+                       std::uint64_t* words) {
+  constexpr int kAttempts = 100;
+  const std::uint64_t num_words = board_block_words(num_experts);
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    for (std::uint64_t i = 0; i < num_words; ++i) words[i] = load_word(block + i);
+    std::uint64_t sum = 0;
+    for (std::uint64_t e = 0; e < num_experts; ++e) sum += words[kBoardWords + e];
+    bool still = sum == words[kAssignments];
+    for (const BoardWord word : {kPasses, kTokens, kAssignments})
+      still &= load_word(block + word) == words[word];
+    if (still) return true;
+  }
+  return false;
+}
+
+}  // namespace dodoco

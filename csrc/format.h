@@ -1,0 +1,186 @@
+// Recording format, version 1: the only definition of the bytes that writers and readers share.
+//
+// A recording is one file: header page, sections. All integers are little-endian, every section
+// starts on a 64-byte boundary, and every word that moves while the recording is live is an aligned
+// 8-byte word with exactly one writer. docs/recording-format.md describes the same bytes in prose.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dodoco {
+
+constexpr std::uint64_t kFileMagic = 0x0A0D4F434F444F44;  // "DODOCO\r\n": text-mode copies break it
+constexpr std::uint64_t kControlMagic = 0x4C525443434F4444;  // "DDOCCTRL"
+constexpr std::uint64_t kSiteMagic = 0x455449534F434F44;     // "DOCOSITE"
+constexpr std::uint32_t kFormatVersion = 1;
+
+constexpr std::uint32_t kHeaderBytes = 4096;
+constexpr std::uint32_t kMaxSections = 64;
+constexpr std::uint32_t kMaxLanes = 16;
+constexpr std::uint32_t kMaxLayers = 65536;  // a ring record keeps the layer in 16 bits
+constexpr std::uint32_t kMaxExperts = 65536;
+constexpr std::uint64_t kSectionAlignment = 64;
+
+enum class FileState : std::uint32_t { kCreating = 0, kLive = 1, kClosed = 2 };
+
+enum class SectionKind : std::uint32_t {
+  kMetadata = 1,    // JSON, UTF-8; written once, before the state becomes live
+  kLayers = 2,      // LayerEntry[num_layers]
+  kBoard = 3,       // one per lane: the board blocks of all layers
+  kRing = 4,        // one per lane: RingHeader, then slots
+  kPlacement = 5,   // reserved: physical expert maps, one entry at each change
+  kPassCounts = 6,  // reserved: packed per-pass counts, on request only
+  kTokenIds = 7,    // reserved: per-token ids, on request only
+};
+
+struct Section {
+  std::uint32_t kind;
+  std::uint32_t lane;
+  std::uint64_t offset;
+  std::uint64_t bytes;
+  std::uint64_t count;   // entries: bytes of JSON, layers, board blocks, ring slots
+  std::uint64_t stride;  // bytes of one entry; 0 where entries differ in size
+};
+static_assert(sizeof(Section) == 40);
+
+enum class Fault : std::uint32_t {
+  kNone = 0,
+  kUnsupportedDtype = 1,
+  kBadShape = 2,
+  kTooLarge = 3,
+  kUnsupportedDevice = 4,
+  kCopiedSite = 5,
+  kInternal = 6,
+};
+
+struct FileHeader {
+  std::uint64_t magic;
+  std::uint32_t format_version;
+  std::uint32_t header_bytes;
+  std::uint64_t file_bytes;
+  std::uint32_t state;  // FileState
+  std::uint32_t num_sections;
+  std::uint64_t created_unix_ns;
+  std::uint64_t created_monotonic_ns;  // record time stamps are on this clock
+  std::uint64_t closed_unix_ns;        // 0 until closed
+  std::uint32_t owner_pid;             // information, never proof: the flock is the proof
+  std::uint32_t rank;
+  std::uint32_t world_size;
+  std::uint32_t num_layers;
+  std::uint32_t num_lanes;
+  std::uint32_t last_fault;  // Fault
+  std::uint64_t num_faults;
+  std::uint8_t uuid[16];
+  std::uint8_t reserved[144];
+  Section sections[kMaxSections];
+};
+static_assert(offsetof(FileHeader, state) == 24);
+static_assert(offsetof(FileHeader, num_faults) == 80);
+static_assert(offsetof(FileHeader, uuid) == 88);
+static_assert(offsetof(FileHeader, sections) == 248);
+static_assert(sizeof(FileHeader) <= kHeaderBytes);
+
+struct LayerEntry {
+  std::uint32_t num_experts;
+  std::uint32_t top_k;         // 0: unknown
+  std::uint64_t board_offset;  // within the board section of a lane
+  std::uint64_t board_bytes;
+  std::uint64_t reserved;
+};
+static_assert(sizeof(LayerEntry) == 32);
+
+// --- Board: exact totals. Block of one layer in one lane, as 8-byte words. ---------------------
+enum BoardWord : std::uint32_t {
+  kPasses = 0,           // executions counted (enabled, not recomputed)
+  kTokens = 1,           // rows with something to route
+  kAssignments = 2,      // equals the sum of the counts when the block is consistent
+  kPadded = 3,           // (token, slot) pairs that were padding
+  kInvalid = 4,          // ids outside [0, num_experts) other than -1
+  kCapacityDropped = 5,  // assignments missing from a routing map
+  kRecomputed = 6,       // executions during backward: seen, not counted
+  kRecordedPasses = 7,   // passes that also went to the ring and the histograms
+  kLastPassMonotonicNs = 8,
+  kBoardWords = 16,
+};
+
+// Per-pass statistics fall into fixed bins, keyed by pass size because their null floor moves with
+// it.
+constexpr std::uint32_t kSizeClasses =
+    20;                                  // class c: 2^c <= tokens < 2^(c+1); the last one is open
+constexpr std::uint32_t kGiniBins = 32;  // bin b: b/32 <= gini < (b+1)/32
+constexpr std::uint32_t kMaxMeanBins = 32;  // lower bounds in eighths, below
+constexpr std::uint32_t kMaxMeanEighths[kMaxMeanBins] = {
+    8,  9,  10, 11, 12,  14,  16,  18,  20,  22,  24,  28,  32,  36,   40,   48,
+    56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048};
+
+constexpr std::uint64_t board_count_words(std::uint64_t num_experts) {
+  return (num_experts + 7) / 8 * 8;
+}
+constexpr std::uint64_t board_block_words(std::uint64_t num_experts) {
+  return kBoardWords + board_count_words(num_experts) + kSizeClasses * (kGiniBins + kMaxMeanBins);
+}
+
+// --- Ring: the latest passes. ------------------------------------------------------------------
+struct RingHeader {
+  std::uint64_t
+      head;  // records ever written: slot = head % num_slots, epoch = head / num_slots + 1
+  std::uint64_t reserved[15];
+};
+static_assert(sizeof(RingHeader) == 128);
+
+constexpr std::uint32_t kSlotWords = 16;  // each {u32 value, u32 epoch}; 128 bytes a record
+constexpr std::uint32_t kSlotBytes = kSlotWords * 8;
+
+enum class RecordType : std::uint32_t {
+  kRoute = 1,
+  kDispatch = 2,       // reserved
+  kCombine = 3,        // reserved
+  kContinuation = 15,  // reserved: further slots of a longer record
+};
+// Word 0 of every slot: type (8 bits), slots of the whole record (8), flags (16).
+constexpr std::uint32_t kFlagBackward = 1u << 16;
+constexpr std::uint32_t kFlagRecompute = 1u << 17;
+
+enum RouteWord : std::uint32_t {
+  kRouteType = 0,
+  kRouteLayer = 1,  // layer (low 16 bits), microbatch (high 16 bits)
+  kRouteIterationLow = 2,
+  kRouteIterationHigh = 3,
+  kRouteTimeLow = 4,  // monotonic nanoseconds
+  kRouteTimeHigh = 5,
+  kRouteTokens = 6,
+  kRouteAssignments = 7,
+  kRouteMaxCount = 8,
+  kRouteGiniLow = 9,  // sum over pairs i < j of |c_i - c_j|; gini = this / (E * assignments)
+  kRouteGiniHigh = 10,
+  kRoutePadded = 11,
+  kRouteInvalid = 12,
+  kRouteDropped = 13,
+  kRouteUnused = 14,
+  kRouteMapVersion = 15,
+};
+
+// --- What an op receives instead of arguments that could change under a captured graph. ---------
+struct ControlBlock {  // one per lane, at a fixed address of the executing device
+  std::uint64_t magic;
+  std::uint64_t recording;     // address of the mapped file on that device
+  std::uint32_t enabled;       // 0: the pass advances the iteration and counts nothing
+  std::uint32_t record_every;  // iterations; gates ring and histograms, never the board
+  std::int64_t num_valid;      // rows that are real; the rest is padding. Negative: all
+  std::uint32_t map_version;
+  std::uint32_t microbatch;
+  std::uint64_t reserved[11];
+};
+static_assert(sizeof(ControlBlock) == 128);
+
+struct Site {  // the tensor a probe passes to the op
+  std::uint64_t magic;
+  std::uint64_t self;  // its own address: a copied tensor must not write as if it were the original
+  std::uint64_t lane;
+  std::uint64_t layer;
+  std::uint64_t reserved[4];
+};
+static_assert(sizeof(Site) == 64);
+
+}  // namespace dodoco

@@ -1,0 +1,92 @@
+// A lane: one writer's control block, scratch, board section and ring, and the passes it records.
+#pragma once
+
+#include <sched.h>
+#include <time.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "board.h"
+#include "format.h"
+#include "ring.h"
+#include "route_stats.h"
+
+namespace dodoco {
+
+enum class IdType { kInt16, kInt32, kInt64 };
+
+struct IdTensor {  // [rows, k]; strides in elements
+  const void* data;
+  IdType type;
+  std::int64_t rows, k, row_stride, slot_stride;
+};
+
+struct MapTensor {  // [rows, columns] bytes; columns = num_experts, or ceil(num_experts / 8) if
+                    // packed
+  const std::uint8_t* data;
+  bool packed;
+  std::int64_t rows, columns, row_stride, column_stride;
+};
+
+enum class RecordResult : int {
+  kRecorded = 0,
+  kIgnored = 1,      // detached, disabled, or a forked child
+  kCopiedSite = -1,  // a copy of a site tensor: nothing was recorded
+  kBadShape = -2,
+  kTooLarge = -3,
+  kBadSite = -4,
+};
+
+inline std::uint64_t monotonic_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<std::uint64_t>(now.tv_sec) * 1000000000u +
+         static_cast<std::uint64_t>(now.tv_nsec);
+}
+
+class Lane {
+ public:
+  struct Layer {
+    BoardWriter board;
+    std::uint32_t num_experts;
+    std::uint32_t top_k;
+  };
+
+  Lane(std::vector<Layer> layers, RingWriter ring, void* recording);
+
+  ControlBlock* control() { return &control_; }
+
+  // Records one pass of `layer`. Thread-safe: threads that share a lane take turns.
+  RecordResult record(std::uint64_t layer, const IdTensor& ids, bool recomputed);
+  RecordResult record(std::uint64_t layer, const MapTensor& map, bool recomputed);
+
+  // After this, every record() is ignored; returns once none is under way.
+  void close();
+
+  // For the child of a fork, where other threads (and their locks) no longer exist.
+  void abandon() { alive_.store(false, std::memory_order_relaxed); }
+
+ private:
+  class Turn;
+  template <typename CountPass>
+  RecordResult record_pass(std::uint64_t layer, bool recomputed, CountPass count_pass);
+
+  ControlBlock control_{};
+  std::atomic<bool> alive_{true};
+  std::atomic<bool> busy_{false};
+  std::vector<Layer> layers_;
+  RingWriter ring_;
+  std::uint64_t iteration_ = 0;
+  std::int64_t last_layer_ = -1;
+  std::vector<std::uint32_t> histogram_;  // all zero between passes
+  std::vector<std::uint32_t> scratch_;
+};
+
+// The entry points of the ops: resolve a site (the address of a Site) and record through its lane.
+RecordResult record_at_site(const void* site, const IdTensor& ids, bool recomputed);
+RecordResult record_at_site(const void* site, const MapTensor& map, bool recomputed);
+
+}  // namespace dodoco

@@ -1,0 +1,101 @@
+// Reads a recording that may be live, closed, orphaned or hostile. Maps it read-only; trusts
+// nothing.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "format.h"
+
+namespace dodoco {
+
+class RecordingError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct RouteRecord {  // the numpy dtype of recording.py mirrors this
+  std::uint64_t iteration;
+  std::uint64_t time_ns;  // Unix time, by the clock of the recording's machine
+  std::uint64_t gini_numerator;
+  std::uint32_t layer;
+  std::uint32_t microbatch;
+  std::uint32_t tokens;
+  std::uint32_t assignments;
+  std::uint32_t max_count;
+  std::uint32_t padded;
+  std::uint32_t invalid;
+  std::uint32_t capacity_dropped;
+  std::uint32_t unused_experts;
+  std::uint32_t map_version;
+  std::uint8_t type;
+  std::uint8_t lane;
+  std::uint8_t direction;  // 0 forward, 1 backward
+  std::uint8_t recompute;
+  std::uint32_t reserved;
+};
+static_assert(sizeof(RouteRecord) == 72);
+
+struct RingRead {
+  std::vector<RouteRecord> records;
+  std::uint64_t next;     // the position to continue from
+  std::uint64_t lost;     // overwritten before they could be read
+  std::uint64_t unknown;  // record types that this version does not know
+};
+
+enum class Owner { kAlive, kGone };
+
+class RecordingReader {
+ public:
+  // Throws RecordingError where the file is not a whole, readable recording.
+  explicit RecordingReader(const std::string& path);
+  ~RecordingReader();
+  RecordingReader(const RecordingReader&) = delete;
+  RecordingReader& operator=(const RecordingReader&) = delete;
+
+  FileHeader header() const;  // as it is now
+  Owner owner() const;        // whether a process holds the recording's lock
+  std::string metadata() const;
+  const std::vector<LayerEntry>& layers() const { return layers_; }
+  std::uint32_t num_lanes() const { return static_cast<std::uint32_t>(rings_.size()); }
+  std::uint64_t num_slots(std::uint32_t lane) const { return rings_.at(lane).num_slots; }
+  std::uint64_t head(std::uint32_t lane) const;
+
+  // Copies the board block of a layer to `words` [board_block_words(num_experts)]. True: the copy
+  // is consistent (its counts sum to its assignments and nothing moved meanwhile).
+  bool read_board(std::uint32_t lane, std::uint32_t layer, std::uint64_t* words) const;
+
+  // The records of a lane from `position` on, at most `limit`.
+  RingRead read_ring(std::uint32_t lane, std::uint64_t position, std::uint64_t limit) const;
+
+ private:
+  struct Ring {
+    std::uint64_t offset;
+    std::uint64_t num_slots;
+  };
+  void validate();
+  void check_not_truncated() const;
+  template <typename T>
+  const T* at(std::uint64_t offset) const {
+    return reinterpret_cast<const T*>(base_ + offset);
+  }
+  [[noreturn]] void fail(const std::string& what) const;
+
+  std::string path_;
+  int fd_ = -1;
+  const std::uint8_t* base_ = nullptr;
+  std::uint64_t bytes_ = 0;
+  Section metadata_{};
+  std::vector<LayerEntry> layers_;
+  std::vector<std::uint64_t> boards_;
+  std::vector<Ring> rings_;
+  std::uint64_t clock_offset_ns_ = 0;
+};
+
+// Whether a process holds the lock of the recording at `path`. Throws RecordingError if it cannot
+// be opened.
+Owner recording_owner(const std::string& path);
+
+}  // namespace dodoco

@@ -1,0 +1,100 @@
+"""Types of the C++ module. Only integers, strings and numpy arrays cross this boundary."""
+
+import enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+version: str
+format_version: int
+has_cuda: bool
+cuda_archs: str
+
+SITE_BYTES: int
+MAX_LANES: int
+BOARD_WORDS: int
+SIZE_CLASSES: int
+GINI_BINS: int
+MAX_MEAN_BINS: int
+MAX_MEAN_BOUNDS: tuple[float, ...]
+
+class RecordingError(OSError): ...
+
+class Fault(enum.Enum):
+    NONE = 0
+    UNSUPPORTED_DTYPE = 1
+    BAD_SHAPE = 2
+    TOO_LARGE = 3
+    UNSUPPORTED_DEVICE = 4
+    COPIED_SITE = 5
+    INTERNAL = 6
+
+class Lane:
+    enabled: bool
+    record_every: int
+    num_valid: int
+    microbatch: int
+
+class RecordingWriter:
+    def __init__(
+        self,
+        path: str,
+        metadata: str,
+        layers: list[tuple[int, int]],
+        *,
+        num_lanes: int = 1,
+        max_bytes: int = ...,
+        mode: int = 0o600,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None: ...
+    def lane(self, index: int) -> Lane: ...
+    def bind_site(self, address: int, lane: int, layer: int) -> None: ...
+    def add_fault(self, fault: Fault) -> None: ...
+    def close(self) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+
+class RecordingReader:
+    def __init__(self, path: str) -> None: ...
+    def header(self) -> dict[str, Any]: ...
+    def owner_alive(self) -> bool: ...
+    def metadata(self) -> bytes: ...
+    def layers(self) -> list[tuple[int, int]]: ...
+    @property
+    def num_lanes(self) -> int: ...
+    def num_slots(self, lane: int) -> int: ...
+    def head(self, lane: int) -> int: ...
+    def board(self, lane: int, layer: int) -> tuple[NDArray[np.uint64], bool]: ...
+    def ring(
+        self, lane: int, position: int, limit: int = ...
+    ) -> tuple[bytes, int, int, int]: ...
+
+def owner_alive(path: str) -> bool: ...
+def route_ids(
+    site: int,
+    data: int,
+    bytes_per_id: int,
+    rows: int,
+    k: int,
+    row_stride: int,
+    slot_stride: int,
+    recomputed: bool,
+    /,
+) -> int: ...
+def route_map(
+    site: int,
+    data: int,
+    packed: bool,
+    rows: int,
+    columns: int,
+    row_stride: int,
+    column_stride: int,
+    recomputed: bool,
+    /,
+) -> int: ...

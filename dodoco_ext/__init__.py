@@ -1,0 +1,40 @@
+"""DODOCO: a flight recorder for mixture-of-experts routing.
+
+Importing this package loads neither torch nor triton; `attach` does, when it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dodoco_ext.attach import Attachment, attach
+    from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
+    from dodoco_ext.recording import open_recording as open  # noqa: A004
+
+_HOMES = {
+    "attach": ("dodoco_ext.attach", "attach"),
+    "Attachment": ("dodoco_ext.attach", "Attachment"),
+    "open": ("dodoco_ext.recording", "open_recording"),
+    "Reader": ("dodoco_ext.recording", "Reader"),
+    "Snapshot": ("dodoco_ext.recording", "Snapshot"),
+    "LayerSnapshot": ("dodoco_ext.recording", "LayerSnapshot"),
+}
+
+__all__ = ["Attachment", "LayerSnapshot", "Reader", "Snapshot", "__version__", "attach", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,257 @@
+"""`attach(model)`: probes at every MoE router of a model, writing into one recording."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dodoco_ext import _C, ops
+from dodoco_ext.errors import InputError, NothingToObserve
+from dodoco_ext.integrations.transformers import Router, find_routers
+from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
+from dodoco_ext.recording import Reader, Snapshot
+from dodoco_ext.settings import Settings
+
+log = logging.getLogger("dodoco")
+
+_SITE = "_dodoco_site"
+_probes: set[Callable[..., None]] = set()
+_OPS = {"ids": ops.route_ids, "map": ops.route_map, "bits": ops.route_bits}
+
+
+@cache
+def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[..., None]:
+    """One hook function per kind of router, shared by its layers, so that compilers see one code.
+
+    It serves as a forward hook and, without an output, as a forward pre-hook. It returns None: a
+    hook that returned something would replace the router's input or output.
+    """
+    record = _OPS[form]
+
+    def probe(module: torch.nn.Module, args: Any, output: Any = None) -> None:
+        try:
+            record(extract(module, args, output), module._dodoco_site)
+        except Exception as error:  # telemetry never takes down its host
+            ops.report_fault(getattr(module, _SITE), _C.Fault.INTERNAL, repr(error))
+
+    _probes.add(probe)
+    return probe
+
+
+class Attachment:
+    """Probes in a model and the recording they write to. Made by `attach()`; a context manager.
+
+    Attributes:
+        path: The recording's file.
+        layers: The observed layers, in execution order.
+        uncovered: Parts of the model that route and are not observed, with the reason.
+    """
+
+    def __init__(self, routers: tuple[Router, ...], recorder: Recorder) -> None:
+        self.path: Path = recorder.path
+        self.layers = recorder.layers
+        self.uncovered = recorder.uncovered
+        self._recorder = recorder
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._releases: list[weakref.finalize[..., Any]] = []
+        self._reader: Reader | None = None
+        try:
+            for index, router in enumerate(routers):
+                self._install(index, router)
+        except BaseException:
+            self.detach()
+            raise
+
+    def _install(self, index: int, router: Router) -> None:
+        module = router.module
+        site = ops.make_site(self._recorder, index)
+        setattr(module, _SITE, site)
+        self._modules.add(module)
+        # Nobody has to keep the attachment: the recording lives as long as the model does.
+        release = weakref.finalize(module, ops.release_site, site.data_ptr())
+        release.atexit = False
+        self._releases.append(release)
+        hook = _make_hook(router.extract, router.form)
+        pre = router.hook == "forward_pre"
+        register = module.register_forward_pre_hook if pre else module.register_forward_hook
+        self._handles.append(register(hook))
+
+    @property
+    def reader(self) -> Reader:
+        """A reader of the recording; it goes on working after `detach()`."""
+        if self._reader is None:
+            self._reader = Reader(self.path)
+        return self._reader
+
+    def snapshot(self) -> Snapshot:
+        """The exact counters of every layer as they are now."""
+        return self.reader.snapshot()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether passes are counted. Turned off, a pass only advances the iteration."""
+        return self._recorder.lane.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._recorder.lane.enabled = value
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out what runs inside, such as warm-up: it is not traffic."""
+        before = self.enabled
+        self.enabled = False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @property
+    def num_valid(self) -> int | None:
+        """Rows of the next passes that are real; the rest is counted as padding. None: all."""
+        value = self._recorder.lane.num_valid
+        return None if value < 0 else value
+
+    @num_valid.setter
+    def num_valid(self, value: int | None) -> None:
+        if value is not None and value < 0:
+            raise InputError(f"num_valid={value}: give the number of real rows, or None for all")
+        self._recorder.lane.num_valid = -1 if value is None else value
+
+    @property
+    def record_every(self) -> int:
+        """Iterations between ring records; the board counts every pass regardless."""
+        return self._recorder.lane.record_every
+
+    @record_every.setter
+    def record_every(self, value: int) -> None:
+        if value < 1:
+            raise InputError(f"record_every={value}: give 1 for every iteration, or more")
+        self._recorder.lane.record_every = value
+
+    @property
+    def microbatch(self) -> int:
+        """Micro-batch index written into the records of the next passes, 0 to 65535."""
+        return self._recorder.lane.microbatch
+
+    @microbatch.setter
+    def microbatch(self, value: int) -> None:
+        if not 0 <= value < 1 << 16:
+            raise InputError(f"microbatch={value}: give 0 to 65535")
+        self._recorder.lane.microbatch = value
+
+    def detach(self) -> None:
+        """Removes every probe and closes the recording, which stays readable. Idempotent."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            del module.__dict__[_SITE]
+        for release in self._releases:
+            release()
+        self._handles.clear()
+        self._modules.clear()
+        self._releases.clear()
+        self._recorder.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    model: torch.nn.Module,
+    *,
+    labels: Mapping[str, str] | None = None,
+    settings: Settings | None = None,
+) -> Attachment:
+    """Starts recording the routing of a model.
+
+    Args:
+        model: A transformers MoE model, or any module that contains one.
+        labels: Text to find the recording by, such as `{"model_name": "my-moe"}`.
+        settings: Where and how to record; by default what `DODOCO_*` says.
+
+    Returns:
+        The attachment, already recording. Leaving its context, or `detach()`, ends it.
+
+    Raises:
+        NothingToObserve: No router was found, or none that this build can observe.
+        InputError: The model is already attached to.
+        RecordingError: The recording cannot be created.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"attach() takes a torch.nn.Module, not {type(model).__name__}")
+    found = find_routers(model)
+    uncovered = [Uncovered(part.name, part.reason) for part in found.uncovered]
+    routers = []
+    for router in found.routers:
+        if ops.is_bound(router.module.__dict__.get(_SITE)):
+            raise InputError(f"{router.name} is already attached to: detach() that first")
+        _remove_copied_probe(router.module)
+        device = _device_of(router.module)
+        if device in ("cpu", "meta"):
+            routers.append(router)
+        else:
+            reason = f"it is on {device}, and this build of dodoco-ext records on the CPU only"
+            uncovered.append(Uncovered(router.name, reason))
+    if not routers:
+        raise NothingToObserve(_nothing_found(model, uncovered))
+    for part in uncovered:
+        log.warning("not observed: %s: %s", part.name, part.reason)
+    layers = [LayerSpec(router.name, router.num_experts, router.top_k) for router in routers]
+    recorder = Recorder(layers, uncovered=uncovered, labels=labels, settings=settings)
+    attachment = Attachment(tuple(routers), recorder)
+    _forget_compiled_code()
+    log.info("recording %d layers to %s", len(layers), recorder.path)
+    return attachment
+
+
+def _remove_copied_probe(module: torch.nn.Module) -> None:
+    """A copy of an attached model carries the original's site and hook along; both go."""
+    module.__dict__.pop(_SITE, None)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook in _probes]:
+            del hooks[key]
+
+
+def _device_of(module: torch.nn.Module) -> str:
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device.type
+    return "cpu"
+
+
+def _nothing_found(model: torch.nn.Module, uncovered: list[Uncovered]) -> str:
+    name = type(getattr(model, "_orig_mod", model)).__name__
+    if uncovered:
+        parts = "; ".join(f"{part.name}: {part.reason}" for part in uncovered[:3])
+        return f"{name} routes, but nothing in it can be observed: {parts}"
+    return (
+        f"no MoE router in {name}: looked for the classes it registers under 'router_logits' and "
+        "for experts called with top_k_index; give a mixture-of-experts model"
+    )
+
+
+def _forget_compiled_code() -> None:
+    """Code compiled before the probes were there would run on without them, and record nothing."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or getattr(dynamo.convert_frame, "FRAME_COUNTER", 1) == 0:
+        return  # nothing was compiled yet
+    log.warning("code compiled by torch.compile is dropped, so that it is compiled with probes")
+    dynamo.reset()

@@ -1,0 +1,1 @@
+"""Probes for the frameworks that run MoE models: discovery of routers and reversible patches."""

@@ -1,0 +1,187 @@
+"""The torch ops that a probe calls: `dodoco::route_ids`, `route_map`, `route_bits`.
+
+All three take the router's decision and a *site*, the tensor that says which layer of which
+recording it belongs to. Nothing else is an argument, so twelve layers compile to one graph, and
+`Tensor(a!)` keeps compilers from removing a call whose result nobody uses.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from dodoco_ext import _C
+from dodoco_ext.recorder import Recorder
+
+log = logging.getLogger("dodoco")
+
+_ID_BYTES = {torch.int16: 2, torch.int32: 4, torch.int64: 8}
+_FAULTS = {
+    -1: _C.Fault.COPIED_SITE,
+    -2: _C.Fault.BAD_SHAPE,
+    -3: _C.Fault.TOO_LARGE,
+    -4: _C.Fault.INTERNAL,
+}
+# Address of a bound site -> its recorder and the name of the layer. Keeps the recorder open.
+_bound: dict[int, tuple[Recorder, str]] = {}
+_logged: set[tuple[int, str]] = set()
+
+_record_ids = _C.route_ids
+_record_map = _C.route_map
+_in_backward = torch._C._current_graph_task_id
+
+
+def make_site(recorder: Recorder, layer: int) -> torch.Tensor:
+    """Creates the site of a layer.
+
+    Args:
+        recorder: The open recording.
+        layer: Index of the layer in `recorder.layers`.
+
+    Returns:
+        int64 [8] on the CPU; it must be passed whole, and a copy of it records nothing.
+    """
+    with torch.inference_mode(False):
+        site = torch.zeros(_C.SITE_BYTES // 8, dtype=torch.int64)
+    # What torch._dynamo.mark_static_address(site, guard=False) sets, without importing the
+    # compiler: CUDA graphs need the static address, a guard on it would recompile every layer.
+    site._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+    address = site.data_ptr()
+    recorder.bind(layer, site, address)
+    _bound[address] = (recorder, recorder.layers[layer].name)
+    return site
+
+
+def is_bound(site: torch.Tensor | None) -> bool:
+    """Whether this very tensor (not a copy of it) leads to an open recording."""
+    return site is not None and site.data_ptr() in _bound
+
+
+def release_site(address: int) -> None:
+    """Forgets the site at an address. The last site of a recorder closes its recording."""
+    recorder, _ = _bound.pop(address, (None, ""))
+    _logged.difference_update([logged for logged in _logged if logged[0] == address])
+    if recorder is not None and all(other is not recorder for other, _ in _bound.values()):
+        recorder.close()
+
+
+def report_fault(site: torch.Tensor, fault: _C.Fault, detail: str) -> None:
+    """Logs a telemetry fault once, counts it in the recording, and disables the probe.
+
+    A copied site is only logged: its original goes on recording.
+    """
+    original = int(site[1].item())
+    recorder, name = _bound.get(original, (None, "a detached layer"))
+    if (original, fault.name) not in _logged:
+        _logged.add((original, fault.name))
+        log.error("telemetry fault %s at %s: %s", fault.name, name, detail)
+    if recorder is not None:
+        recorder.add_fault(fault)
+    if fault != _C.Fault.COPIED_SITE:
+        site[0] = 0
+
+
+def _check(result: int, site: torch.Tensor, what: str) -> None:
+    if result >= 0:
+        return
+    detail = f"{what} cannot be recorded; this probe is now off"
+    if result == -1:
+        detail = (
+            "a copy of the site arrived, so nothing was recorded: either the model was copied "
+            "(attach to the copy), or a compiler backend clones what an op may change (use "
+            "inductor or eager)"
+        )
+    report_fault(site, _FAULTS[result], detail)
+
+
+def _route_ids(ids: torch.Tensor, site: torch.Tensor) -> None:
+    if ids.dim() != 2:
+        ids = ids.reshape(-1, ids.shape[-1]) if ids.dim() > 2 else ids.reshape(-1, 1)
+    id_bytes = _ID_BYTES.get(ids.dtype)
+    if id_bytes is None:
+        report_fault(
+            site,
+            _C.Fault.UNSUPPORTED_DTYPE,
+            f"expert ids of dtype {ids.dtype}; int16, int32 or int64 are recorded",
+        )
+        return
+    rows, k = ids.shape
+    row_stride, slot_stride = ids.stride()
+    result = _record_ids(
+        site.data_ptr(),
+        ids.data_ptr(),
+        id_bytes,
+        rows,
+        k,
+        row_stride,
+        slot_stride,
+        _in_backward() != -1,
+    )
+    if result < 0:
+        _check(result, site, f"expert ids of shape {list(ids.shape)}")
+
+
+def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) -> None:
+    if routing_map.dim() != 2:
+        routing_map = routing_map.reshape(-1, routing_map.shape[-1])
+    if routing_map.dtype != torch.uint8 and (packed or routing_map.dtype != torch.bool):
+        wanted = "uint8" if packed else "bool or uint8"
+        report_fault(
+            site,
+            _C.Fault.UNSUPPORTED_DTYPE,
+            f"routing map of dtype {routing_map.dtype}; {wanted} is recorded",
+        )
+        return
+    rows, columns = routing_map.shape
+    row_stride, column_stride = routing_map.stride()
+    result = _record_map(
+        site.data_ptr(),
+        routing_map.data_ptr(),
+        packed,
+        rows,
+        columns,
+        row_stride,
+        column_stride,
+        _in_backward() != -1,
+    )
+    if result < 0:
+        _check(result, site, f"routing map of shape {list(routing_map.shape)}")
+
+
+def _route_map(routing_map: torch.Tensor, site: torch.Tensor) -> None:
+    _map_impl(routing_map, site, packed=False)
+
+
+def _route_bits(routing_map: torch.Tensor, site: torch.Tensor) -> None:
+    _map_impl(routing_map, site, packed=True)
+
+
+def _elsewhere(tensor: torch.Tensor, site: torch.Tensor) -> None:
+    report_fault(
+        site,
+        _C.Fault.UNSUPPORTED_DEVICE,
+        f"a router on {tensor.device}: this build records CPU tensors only",
+    )
+
+
+def _fake(tensor: torch.Tensor, site: torch.Tensor) -> None:
+    return None
+
+
+_library = torch.library.Library("dodoco", "DEF")
+for _name, _argument, _implementation in (
+    ("route_ids", "ids", _route_ids),
+    ("route_map", "routing_map", _route_map),
+    ("route_bits", "routing_map", _route_bits),
+):
+    _library.define(f"{_name}(Tensor {_argument}, Tensor(a!) site) -> ()")
+    _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
+    _library.impl(_name, _fake, "Meta")
+    # Ids have no gradient: skip autograd's boxed fallback, a microsecond a call.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+
+route_ids = torch.ops.dodoco.route_ids.default
+route_map = torch.ops.dodoco.route_map.default
+route_bits = torch.ops.dodoco.route_bits.default

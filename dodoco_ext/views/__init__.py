@@ -1,0 +1,1 @@
+"""Readers of a recording made for people: tables, listings, diagnoses."""

@@ -1,0 +1,1 @@
+"""Triton kernels of the router path, installed as `dodoco_ext.triton_kernels`."""
