@@ -41,7 +41,11 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
         try:
             record(extract(module, args, output), module._dodoco_site)
         except Exception as error:  # telemetry never takes down its host
-            ops.report_fault(getattr(module, _SITE), _C.Fault.INTERNAL, repr(error))
+            site = getattr(module, _SITE)
+            if torch.compiler.is_compiling():
+                ops.extraction_failed(site)
+            else:
+                ops.report_fault(site, _C.Fault.INTERNAL, repr(error))
 
     _probes.add(probe)
     return probe
