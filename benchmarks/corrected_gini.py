@@ -20,7 +20,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from dodoco_ext import nulls
+from dodoco_ext import nulls, sampling
 from dodoco_ext.metrics import gini
 
 FloatArray = NDArray[np.float64]
@@ -99,7 +99,7 @@ def weights_for(shape: str, truth: float, num_experts: int, top_k: int) -> tuple
     for _ in range(40):
         middle = (low + high) / 2
         weights = SHAPES[shape](num_experts, middle)
-        reached = float(gini(nulls.inclusion_probabilities(weights, top_k)))
+        reached = float(gini(sampling.inclusion_probabilities(weights, top_k)))
         low, high = (middle, high) if reached < truth else (low, middle)
     return weights, reached
 
@@ -116,7 +116,7 @@ def measure(
     num_experts, top_k = args.experts, args.top_k
     rng = np.random.default_rng([args.seed, num_tokens, int(truth * 1e6)])
     draws = args.passes * args.seeds
-    counts = nulls.sample_counts(rng, num_tokens, num_experts, top_k, draws, weights)
+    counts = sampling.sample_counts(rng, num_tokens, num_experts, top_k, draws, weights)
     if shape == "moving":
         counts = rng.permuted(counts, axis=-1)
     counts = counts.reshape(args.seeds, args.passes, num_experts)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dodoco_ext import nulls
+from dodoco_ext import nulls, sampling
 from dodoco_ext.errors import InputError
 from dodoco_ext.intervals import bootstrap_interval
 from dodoco_ext.metrics import contiguous_placement, gini, max_over_mean, rank_counts
@@ -81,7 +81,7 @@ def test_null_per_rank_matches_direct_simulation(num_tokens, top_k, placement):
 def test_null_of_long_passes_matches_a_simulation_of_their_length():
     num_tokens, num_experts, top_k = 60_000, 64, 6
     rng = np.random.default_rng(3)
-    counts = nulls.sample_counts(rng, num_tokens, num_experts, top_k, 4000)
+    counts = sampling.sample_counts(rng, num_tokens, num_experts, top_k, 4000)
     assert_null_matches(nulls.null(num_tokens, num_experts, top_k), counts)
 
 
@@ -164,7 +164,7 @@ def test_null_is_deterministic_and_cached():
 @sizes
 def test_sampled_counts_have_k_distinct_experts_a_token(num_tokens, top_k, num_experts):
     rng = np.random.default_rng(0)
-    counts = nulls.sample_counts(rng, num_tokens, num_experts, top_k, 50)
+    counts = sampling.sample_counts(rng, num_tokens, num_experts, top_k, 50)
     assert (counts.sum(axis=1) == num_tokens * top_k).all()
     assert counts.min() >= 0
     assert counts.max() <= num_tokens
@@ -176,8 +176,8 @@ def test_weighted_samples_follow_the_law_of_their_weights():
     odds = np.array([np.exp(weights[a] + weights[b]) for a, b in sets])
     odds /= odds.sum()
     inclusion = [sum(odds[i] for i, s in enumerate(sets) if e in s) for e in range(5)]
-    np.testing.assert_allclose(nulls.inclusion_probabilities(weights, 2), inclusion, atol=1e-12)
-    counts = nulls.sample_counts(np.random.default_rng(0), 1, 5, 2, 40_000, weights)
+    np.testing.assert_allclose(sampling.inclusion_probabilities(weights, 2), inclusion, atol=1e-12)
+    counts = sampling.sample_counts(np.random.default_rng(0), 1, 5, 2, 40_000, weights)
     for (a, b), expected in zip(sets, odds, strict=True):
         seen = np.mean(counts[:, a] & counts[:, b])
         assert seen == pytest.approx(expected, abs=5 * np.sqrt(expected / 40_000))
@@ -194,11 +194,11 @@ def hot_weights(num_experts, strength):
 
 def errors(weights, tokens_per_expert, num_sets, estimate, num_experts=64, top_k=6):
     """Errors of an estimator over sets of NUM_PASSES passes of a router with known true Gini."""
-    truth = float(gini(nulls.inclusion_probabilities(weights, top_k)))
+    truth = float(gini(sampling.inclusion_probabilities(weights, top_k)))
     num_tokens = round(tokens_per_expert * num_experts / top_k)
     rng = np.random.default_rng(tokens_per_expert)
     draws = num_sets * NUM_PASSES
-    counts = nulls.sample_counts(rng, num_tokens, num_experts, top_k, draws, weights)
+    counts = sampling.sample_counts(rng, num_tokens, num_experts, top_k, draws, weights)
     sets = counts.reshape(num_sets, NUM_PASSES, num_experts)
     return np.array([estimate(counts, num_tokens, num_experts, top_k) - truth for counts in sets])
 
@@ -226,7 +226,7 @@ by_load = pytest.mark.parametrize(
 
 def test_the_known_truths_are_those_of_the_acceptance():
     truths = [
-        float(gini(nulls.inclusion_probabilities(bell_weights(64, strength), 6)))
+        float(gini(sampling.inclusion_probabilities(bell_weights(64, strength), 6)))
         for strength in STRENGTHS
     ]
     assert truths == pytest.approx([0, 0.08, 0.28, 0.53], abs=0.02)
@@ -276,11 +276,13 @@ def test_passes_of_unequal_size_are_corrected_each_by_its_own_floor():
 
     def drawn(weights):
         sizes = tokens[:: NUM_PASSES // 20]
-        each = [nulls.sample_counts(rng, int(t), 64, 6, NUM_PASSES // 20, weights) for t in sizes]
+        each = [
+            sampling.sample_counts(rng, int(t), 64, 6, NUM_PASSES // 20, weights) for t in sizes
+        ]
         return gini(np.concatenate(each))
 
     raw = drawn(weights)
-    truth = float(gini(nulls.inclusion_probabilities(weights, 6)))
+    truth = float(gini(sampling.inclusion_probabilities(weights, 6)))
     assert nulls.corrected_gini(raw, tokens, 64, 6) == pytest.approx(truth, abs=0.02)
     assert nulls.corrected_gini(drawn(None), tokens, 64, 6) < 0.02
 
@@ -296,10 +298,10 @@ def test_interpolated_noise_equals_noise_simulated_at_each_size():
 def test_per_rank_gini_is_corrected_by_the_ranks_floor():
     placement = contiguous_placement(64, 8)
     weights = bell_weights(64, 0.57)
-    inclusion = nulls.inclusion_probabilities(weights, 6)
+    inclusion = sampling.inclusion_probabilities(weights, 6)
     truth = float(gini(rank_counts(inclusion, placement)))
     rng = np.random.default_rng(0)
-    counts = nulls.sample_counts(rng, 43, 64, 6, NUM_PASSES, weights)
+    counts = sampling.sample_counts(rng, 43, 64, 6, NUM_PASSES, weights)
     raw = gini(rank_counts(counts, placement))
     size = (43, 64, 6)
     assert nulls.corrected_gini(raw, *size, placement=placement) == pytest.approx(truth, abs=0.03)
@@ -320,7 +322,7 @@ def test_empty_and_weightless_passes_are_left_out():
 @pytest.mark.parametrize("top_k", [1, 8])
 def test_uniform_passes_that_cannot_differ_are_exactly_zero(top_k):
     num_tokens = 1 if top_k == 1 else 30
-    raw = gini(nulls.sample_counts(np.random.default_rng(0), num_tokens, 8, top_k, 10))
+    raw = gini(sampling.sample_counts(np.random.default_rng(0), num_tokens, 8, top_k, 10))
     assert nulls.corrected_gini(raw, num_tokens, 8, top_k) == 0
 
 
@@ -332,8 +334,8 @@ def test_experts_that_all_or_no_tokens_pick_are_fitted():
 
 def test_interval_of_the_corrected_gini_holds_the_truth():
     weights = bell_weights(64, 0.57)
-    truth = float(gini(nulls.inclusion_probabilities(weights, 6)))
-    counts = nulls.sample_counts(np.random.default_rng(0), 43, 64, 6, NUM_PASSES, weights)
+    truth = float(gini(sampling.inclusion_probabilities(weights, 6)))
+    counts = sampling.sample_counts(np.random.default_rng(0), 43, 64, 6, NUM_PASSES, weights)
     pooled = counts.sum(axis=0)
     low, high = bootstrap_interval(
         gini(counts),
@@ -354,8 +356,8 @@ def test_interval_of_the_corrected_gini_holds_the_truth():
         (lambda: nulls.null(1.5, 8, 2), "float64"),
         (lambda: nulls.null(10, 8, 2, [0, 1]), "8 experts"),
         (lambda: nulls.null_gini_mean([3, -4], 8, 2), "-4"),
-        (lambda: nulls.sample_counts(np.random.default_rng(), 1, 8, 2, 1, [0.0]), "(1,)"),
-        (lambda: nulls.inclusion_probabilities([0.0, np.inf], 1), "finite"),
+        (lambda: sampling.sample_counts(np.random.default_rng(), 1, 8, 2, 1, [0.0]), "(1,)"),
+        (lambda: sampling.inclusion_probabilities([0.0, np.inf], 1), "finite"),
         (lambda: nulls.corrected_gini([0.1], 10, 8, 0), "top_k is 0 (unknown)"),
         (lambda: nulls.corrected_gini([0.1, 1.2], 10, 8, 2), "1.2"),
         (lambda: nulls.corrected_gini([0.1, np.nan], 10, 8, 2), "nan"),
