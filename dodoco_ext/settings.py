@@ -1,0 +1,101 @@
+"""The only reader of `DODOCO_*`: every setting, its default and its meaning in one table."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dodoco_ext.errors import InputError
+
+SHARED_MEMORY = Path("/dev/shm")
+TABLE: tuple[tuple[str, str, str], ...] = (
+    ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
+    ("DODOCO_MAX_BYTES", "8388608", "largest recording of one rank, in bytes"),
+    ("DODOCO_RECORD_EVERY", "1", "iterations between ring records; the board counts every pass"),
+    ("DODOCO_RUN", "start time", "name of the run that the recordings of all ranks share"),
+    ("DODOCO_RANK", "$RANK or 0", "rank of this process"),
+    ("DODOCO_WORLD_SIZE", "$WORLD_SIZE or 1", "number of ranks of the run"),
+    ("DODOCO_DEBUG", "0", "1: the command line prints the traceback of an unexpected error"),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for.
+
+    Attributes:
+        directory: Folder given by `DODOCO_DIR`, or None for the private default.
+        max_bytes: Largest recording of one rank.
+        record_every: Iterations between ring records (1: every iteration).
+        run: Name of the run, or None for one made from the start time.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+    """
+
+    directory: Path | None = None
+    max_bytes: int = 8 << 20
+    record_every: int = 1
+    run: str | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Reads the settings.
+
+        Raises:
+            InputError: A variable has a value that cannot be used; the message names both.
+        """
+        env = os.environ if environ is None else environ
+        run = env.get("DODOCO_RUN") or None
+        if run is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", run):
+            raise InputError(
+                f"DODOCO_RUN={run!r} cannot be part of a file name: use letters, digits, '-', '_'"
+            )
+        directory = env.get("DODOCO_DIR")
+        return cls(
+            directory=Path(directory) if directory else None,
+            max_bytes=_integer(env, ("DODOCO_MAX_BYTES",), 8 << 20, minimum=1 << 14),
+            record_every=_integer(env, ("DODOCO_RECORD_EVERY",), 1, minimum=1),
+            run=run,
+            rank=_integer(env, ("DODOCO_RANK", "RANK"), 0, minimum=0),
+            world_size=_integer(env, ("DODOCO_WORLD_SIZE", "WORLD_SIZE"), 1, minimum=1),
+        )
+
+    def directories(self) -> tuple[Path, ...]:
+        """Where recordings of this user may lie: the preferred folder first, then the fallback."""
+        if self.directory is not None:
+            return (self.directory,)
+        name = f"dodoco-{os.getuid()}"
+        return (SHARED_MEMORY / name, Path(tempfile.gettempdir()) / name)
+
+
+def debug(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `DODOCO_DEBUG` asks for tracebacks; never fails, as it is read while reporting errors."""
+    env = os.environ if environ is None else environ
+    return env.get("DODOCO_DEBUG", "").lower() not in ("", "0", "false", "no")
+
+
+def given(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The settings that the environment names, misspelt ones included, with their text."""
+    env = os.environ if environ is None else environ
+    return {name: env[name] for name in sorted(env) if name.startswith("DODOCO_")}
+
+
+def _integer(env: Mapping[str, str], names: tuple[str, ...], default: int, *, minimum: int) -> int:
+    for name in names:
+        text = env.get(name)
+        if not text:
+            continue
+        try:
+            value = int(text)
+        except ValueError:
+            raise InputError(f"{name}={text!r} is not a whole number") from None
+        if not minimum <= value < 1 << 32:
+            raise InputError(f"{name}={value} is out of range: give {minimum} or more")
+        return value
+    return default
