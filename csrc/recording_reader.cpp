@@ -69,6 +69,7 @@ void RecordingReader::fail(const std::string& what) const {
 }
 
 FileHeader RecordingReader::header() const {
+  check_not_truncated();
   FileHeader copy;
   std::memcpy(&copy, base_, sizeof(copy));
   return copy;

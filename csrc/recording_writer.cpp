@@ -60,6 +60,23 @@ ForkRegistry& fork_registry() {
   return *registry;
 }
 
+// Maps the file open at `lock_fd` through a descriptor of its own. A mapping keeps the open file
+// description alive, and a forked child inherits mappings: through `lock_fd`, it would go on
+// holding its dead parent's lock.
+std::uint8_t* map_apart(const std::string& path, int lock_fd, std::uint64_t bytes) {
+  const int fd = ::open(path.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0) fail(errno, "cannot open " + path);
+  struct stat locked, opened;
+  const bool same = ::fstat(lock_fd, &locked) == 0 && ::fstat(fd, &opened) == 0 &&
+                    locked.st_dev == opened.st_dev && locked.st_ino == opened.st_ino;
+  void* mapped =
+      same ? ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
+  const int error = same ? errno : EBUSY;
+  ::close(fd);
+  if (mapped == MAP_FAILED) fail(error, "cannot map " + path);
+  return static_cast<std::uint8_t*>(mapped);
+}
+
 }  // namespace
 
 RecordingWriter::RecordingWriter(const RecordingSpec& spec) {
@@ -76,9 +93,7 @@ RecordingWriter::RecordingWriter(const RecordingSpec& spec) {
     if (error != 0) {
       fail(error, "cannot reserve " + std::to_string(file_bytes_) + " bytes for " + spec.path);
     }
-    void* mapped = ::mmap(nullptr, file_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (mapped == MAP_FAILED) fail(errno, "cannot map " + spec.path);
-    base_ = static_cast<std::uint8_t*>(mapped);
+    base_ = map_apart(spec.path, fd, file_bytes_);
     fill(spec);
   } catch (...) {
     if (base_ != nullptr) ::munmap(base_, file_bytes_);

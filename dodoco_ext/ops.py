@@ -165,8 +165,12 @@ def _elsewhere(tensor: torch.Tensor, site: torch.Tensor) -> None:
     )
 
 
-def _fake(tensor: torch.Tensor, site: torch.Tensor) -> None:
+def _fake(*tensors: torch.Tensor) -> None:
     return None
+
+
+def _extraction_failed(site: torch.Tensor) -> None:
+    report_fault(site, _C.Fault.INTERNAL, "reading the router's choice failed while compiling")
 
 
 _library = torch.library.Library("dodoco", "DEF")
@@ -181,7 +185,13 @@ for _name, _argument, _implementation in (
     _library.impl(_name, _fake, "Meta")
     # Ids have no gradient: skip autograd's boxed fallback, a microsecond a call.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+# What compiled code calls in place of report_fault(), which no compiler can trace.
+_library.define("extraction_failed(Tensor(a!) site) -> ()")
+_library.impl("extraction_failed", _extraction_failed, "CPU")
+_library.impl("extraction_failed", _fake, "Meta")
+_library.impl("extraction_failed", torch.library.fallthrough_kernel, "Autograd")
 
 route_ids = torch.ops.dodoco.route_ids.default
 route_map = torch.ops.dodoco.route_map.default
 route_bits = torch.ops.dodoco.route_bits.default
+extraction_failed = torch.ops.dodoco.extraction_failed.default

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -250,23 +252,24 @@ class Reader:
             self._names = [str(layer["name"]) for layer in self.metadata["layers"]]
         except _C.RecordingError as error:
             raise RecordingError(str(error)) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RecordingError(f"{self.path} is damaged: unreadable metadata ({error})") from None
         if len(self._names) != len(self._layers):
             raise RecordingError(f"{self.path} is damaged: metadata and layer table disagree")
-        header = self._file.header()
+        header = self.header
         self.uuid: str = header["uuid"].hex()
         self._created_ns = int(header["created_unix_ns"])
 
     @property
     def header(self) -> dict[str, Any]:
         """The header's fields as they are now: rank, world size, owner's PID, faults, times."""
-        return self._file.header()
+        with _readable():
+            return self._file.header()
 
     @property
     def state(self) -> str:
         """`live` (an owner holds the lock), `closed` (ended properly) or `dead` (owner gone)."""
-        if self._file.header()["closed"]:
+        if self.header["closed"]:
             return "closed"
         return "live" if self._file.owner_alive() else "dead"
 
@@ -287,7 +290,8 @@ class Reader:
 
     def cursor(self) -> Cursor:
         """The present end of the ring, to `read()` from later."""
-        return tuple(self._file.head(lane) for lane in range(self._file.num_lanes))
+        with _readable():
+            return tuple(self._file.head(lane) for lane in range(self._file.num_lanes))
 
     def read(self, cursor: Cursor | None = None) -> tuple[NDArray[np.void], Cursor, int]:
         """Reads the records written since a cursor.
@@ -306,10 +310,8 @@ class Reader:
         following: list[int] = []
         lost = 0
         for lane, position in enumerate(start):
-            try:
+            with _readable():
                 data, next_position, lane_lost, _ = self._file.ring(lane, position)
-            except _C.RecordingError as error:
-                raise RecordingError(str(error)) from None
             parts.append(np.frombuffer(data, dtype=RECORD_DTYPE))
             following.append(next_position)
             lost += lane_lost
@@ -327,10 +329,8 @@ class Reader:
         total: Counts | None = None
         in_flight = False
         for lane in range(self._file.num_lanes):
-            try:
+            with _readable():
                 words, consistent = self._file.board(lane, index)
-            except _C.RecordingError as error:
-                raise RecordingError(str(error)) from None
             total = words if total is None else total + words
             in_flight = in_flight or not consistent
         assert total is not None, "a recording has at least one lane"
@@ -350,6 +350,15 @@ class Reader:
             in_flight=in_flight,
             **counters,
         )
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """What C++ says of a file that changed while it was open, as the package's own error."""
+    try:
+        yield
+    except _C.RecordingError as error:
+        raise RecordingError(str(error)) from None
 
 
 def open_recording(source: str | int | os.PathLike[str] | None = None) -> Reader:

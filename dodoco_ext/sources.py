@@ -57,7 +57,7 @@ def resolve(source: str | int | os.PathLike[str] | None) -> Path:
     if path.is_dir():
         return _latest(find((path,)), f"{path} holds no recording", path)
     if path.is_file():
-        return path
+        return path.resolve()  # the reader itself follows no link
     recordings = find()
     if text.isdecimal():
         chosen = [r for r in recordings if r.reader and r.reader.header["owner_pid"] == int(text)]

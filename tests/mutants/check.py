@@ -1,0 +1,120 @@
+"""Holds the `_C` that is first on the path to the reference; raises AssertionError where it errs.
+
+Run by test_mutants.py in a process of its own, without torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+import cases
+from dodoco_ext import _C, reference
+from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS
+
+
+def check_ids() -> None:
+    for row in cases.id_rows():
+        if row["T"] > 4096 or (row["T"] == 4096 and row["E"] > 160):
+            continue
+        ids, num_valid = cases.make_ids(row)
+        probe = cases.Probe.open((row["E"], row["k"]))
+        probe.set_num_valid(num_valid)
+        expected = reference.route_ids(ids, row["E"], num_valid)
+        assert probe.record_ids(ids) == 0, row
+        cases.assert_layer_is(probe.snapshot().layers[0], expected)
+        cases.assert_record_is(probe.reader.records()[0], expected)
+        probe.recorder.close()
+
+
+def check_maps() -> None:
+    for row in cases.map_rows():
+        if row["T"] > 4096 or (row["T"] == 4096 and row["E"] > 160):
+            continue
+        routing_map, num_valid = cases.make_map(row)
+        packed = row["form"] == "bits"
+        probe = cases.Probe.open((row["E"], row["k"]))
+        probe.set_num_valid(num_valid)
+        expected = reference.route_map(routing_map, row["E"], row["k"], num_valid, packed=packed)
+        assert probe.record_map(routing_map, packed=packed) == 0, row
+        cases.assert_layer_is(probe.snapshot().layers[0], expected)
+        cases.assert_record_is(probe.reader.records()[0], expected)
+        probe.recorder.close()
+
+
+def check_statistics() -> None:
+    """Several passes of one recording: what the last one left behind would show in the next."""
+    passes = [[0], [7], [5, 3], [9, 1, 0], [1, 0, 0, 0], [2, 2, 2, 2], [40, 1, 0, 7], [3, 3, 0]]
+    probe = cases.Probe.open(*[(E, 1) for E in range(1, 5)])
+    for counts in passes:
+        E, total = len(counts), sum(counts)
+        before = probe.snapshot()
+        ids = np.repeat(np.arange(E), counts).reshape(-1, 1)
+        wrong = np.array([[-1], [E]])
+        assert probe.record_ids(np.concatenate([ids, wrong]), E - 1) == 0
+        record = probe.reader.records()[-1]
+        assert record["gini_numerator"] == sum(abs(a - b) for a, b in combinations(counts, 2))
+        assert (record["max_count"], record["unused_experts"]) == (max(counts), counts.count(0))
+        assert (record["padded"], record["invalid"], record["tokens"]) == (1, 1, total + 1)
+        window = (probe.snapshot() - before).layers[E - 1]
+        assert window.counts.tolist() == counts
+        assert window.passes == window.recorded_passes == 1
+        if total == 0:
+            assert window.gini_histogram.sum() == 0
+            continue
+        size = (total + 1).bit_length() - 1
+        gini_bin = min(int(record["gini_numerator"]) * 32 // (E * total), 31)
+        max_bin = max(
+            b for b, low in enumerate(MAX_OVER_MEAN_BOUNDS) if E * max(counts) >= low * total
+        )
+        assert window.gini_histogram[size, gini_bin] == 1
+        assert window.max_over_mean_histogram[size, max_bin] == 1
+    probe.recorder.close()
+
+
+def check_passes() -> None:
+    """Iterations, gates, recomputation, refusals."""
+    ids = np.array([[0, 1]])
+    probe = cases.Probe.open((4, 2), (4, 2))
+    for layer in (0, 1, 1):
+        assert probe.record_ids(ids, layer) == 0
+    probe.recorder.lane.enabled = False
+    assert probe.record_ids(ids, 0) == 1
+    probe.recorder.lane.enabled = True
+    assert probe.record_ids(ids, 1, recomputed=True) == 1
+    assert probe.record_ids(ids, 0) == 0
+    assert probe.record_ids(np.zeros((1, 5), np.int64), 1) < 0
+    copied = probe.sites[0].copy()
+    site, probe.sites[0] = probe.sites[0], copied
+    assert probe.record_ids(ids, 0) < 0
+    probe.sites[0] = site
+    probe.recorder.lane.record_every = 4
+    for _ in range(4):
+        assert probe.record_ids(ids, 0) == 0
+    assert probe.reader.records()["iteration"].tolist() == [0, 0, 1, 3, 4]
+    first, second = probe.snapshot().layers
+    assert (first.passes, second.passes, second.recomputed) == (6, 2, 1)
+    assert first.assignments == int(first.counts.sum()) == 12
+    assert not first.in_flight
+    probe.recorder.close()
+
+
+def check_ring() -> None:
+    probe = cases.Probe.open((4, 1), max_bytes=48 << 10)
+    slots = probe.reader.num_slots
+    for number in range(2 * slots + 3):
+        probe.record_ids(np.full((number, 1), 1, np.int16))
+    records, _, lost = probe.reader.read()
+    assert lost == slots + 3
+    assert records["tokens"].tolist() == list(range(slots + 3, 2 * slots + 3))
+    probe.recorder.close()
+
+
+if __name__ == "__main__":
+    assert Path(_C.__file__).parent == Path(sys.argv[1]), "the mutant is not what was imported"
+    for check in (check_passes, check_statistics, check_ring, check_ids, check_maps):
+        check()
+    print("all equal")
