@@ -1,0 +1,234 @@
+"""The command `dodoco`: few commands, one meaning of SOURCE, errors of one line.
+
+Nothing heavy is imported before a command needs it: `dodoco show` must start in a blink on a machine
+without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from dodoco_ext import __version__, settings
+from dodoco_ext.errors import DodocoError
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE = 0, 1, 2, 130, 141
+
+# Commands that live elsewhere, with their line in `dodoco --help`, which must not import them.
+LAZY = {
+    "observe": (
+        "dodoco_ext.observatory.command:observe",
+        "Run a model over mock and real data, and compare its routing.",
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports the commands of `LAZY` only when one is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in alphabetical order."""
+        return sorted({*super().list_commands(ctx), *LAZY})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by name, imported if need be."""
+        if cmd_name not in LAZY:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = LAZY[cmd_name][0].partition(":")
+        command = getattr(import_module(module), attribute)
+        assert isinstance(command, click.Command), f"{LAZY[cmd_name][0]} is not a click command"
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list of commands without importing any."""
+        rows = []
+        for name in self.list_commands(ctx):
+            if name in LAZY:
+                rows.append((name, LAZY[name][1]))
+            else:
+                rows.append((name, self.commands[name].get_short_help_str(limit=90)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\b\nExamples:\n"
+    "  dodoco observe --preset demo      train a small MoE, record it, write a report\n"
+    "  dodoco show                       list the recordings\n"
+    "  dodoco show --latest --ep 8       summarise the latest, folded into 8 ranks\n"
+    "  dodoco doctor                     what works here, and what does not, and why\n"
+    "\b\nExit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="dodoco")
+@click.option("--debug", is_flag=True, help="Print the traceback of an unexpected error.")
+def cli(debug: bool) -> None:
+    """DODOCO: a flight recorder for mixture-of-experts routing."""
+
+
+@cli.command(
+    epilog="\b\nExamples:\n"
+    "  dodoco show                                list the recordings of this user\n"
+    "  dodoco show --latest                       summarise the latest one\n"
+    "  dodoco show 4711                           the one that process 4711 writes or wrote\n"
+    "  dodoco show my-run --ep 8                  the latest of run my-run, over 8 ranks\n"
+    "  dodoco show /shared/run.dodoco --experts   a file, with its busiest experts\n"
+    "  dodoco show --list /shared                 list the recordings in a folder\n"
+    "  dodoco show --latest --json | jq '.layers[].whole_run.gini'"
+)
+@click.argument("source", required=False)
+@click.option("--latest", is_flag=True, help="Summarise the latest recording.")
+@click.option("--list", "listing", is_flag=True, help="List what SOURCE, a folder, holds.")
+@click.option(
+    "--ep",
+    "num_ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Balance of N expert-parallel ranks, experts placed in equal contiguous runs.",
+)
+@click.option("--experts", is_flag=True, help="Busiest and quietest experts; all counts in JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, exact and with stable keys.")
+def show(
+    source: str | None,
+    latest: bool,
+    listing: bool,
+    num_ranks: int | None,
+    experts: bool,
+    as_json: bool,
+) -> None:
+    """List recordings, or summarise one.
+
+    Without SOURCE: the list. With SOURCE (a recording's file or name, a folder, a run, a PID): a
+    summary of the recording it means, the latest where it means several.
+    """
+    if latest and source is not None:
+        raise click.UsageError("give SOURCE or --latest, not both")
+    if listing and latest:
+        raise click.UsageError("give --list or --latest, not both")
+    one = latest or (source is not None and not listing)
+    if not one and (num_ranks is not None or experts):
+        raise click.UsageError("--ep and --experts need a recording: give SOURCE or --latest")
+    if listing and source is not None and not Path(source).is_dir():
+        raise click.UsageError(f"--list takes a folder; {source} is none")
+    if one:
+        _show_one(source, num_ranks=num_ranks, experts=experts, as_json=as_json)
+    else:
+        _show_list(source, as_json=as_json)
+
+
+def _show_list(source: str | None, *, as_json: bool) -> None:
+    from dodoco_ext.sources import find
+    from dodoco_ext.views import listing
+
+    folders = (Path(source),) if source else settings.Settings.from_environment().directories()
+    recordings = [listing.describe(found) for found in find(folders)]
+    if as_json:
+        click.echo(listing.to_json(recordings, folders))
+    else:
+        listing.print_listing(recordings, folders)
+
+
+def _show_one(source: str | None, *, num_ranks: int | None, experts: bool, as_json: bool) -> None:
+    from dodoco_ext.recording import open_recording
+    from dodoco_ext.views.show import print_summary, summary_json
+    from dodoco_ext.views.summary import summarise
+
+    summary = summarise(open_recording(source), num_ranks=num_ranks)
+    if as_json:
+        click.echo(summary_json(summary, experts=experts))
+    else:
+        print_summary(summary, experts=experts)
+
+
+@cli.command(
+    epilog="\b\nExamples:\n"
+    "  dodoco doctor\n"
+    "  dodoco doctor --json | jq '.checks[] | select(.status != \"ok\")'\n"
+    "  DODOCO_DIR=/shared dodoco doctor      would recording there work?\n"
+    "\b\nExit code: 0 if recording would work here, 1 if not."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with stable keys.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what is installed and usable here, what is not, and why.
+
+    Looks at the installation, the folder of the recordings (with a trial recording, removed again),
+    the settings in effect and the recordings found. Changes nothing.
+    """
+    from dodoco_ext.views import doctor as view
+
+    diagnosis = view.examine()
+    if as_json:
+        click.echo(view.diagnosis_json(diagnosis))
+    else:
+        view.print_diagnosis(diagnosis)
+    ctx.exit(EXIT_OK if diagnosis.can_record else EXIT_ERROR)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; errors are on stderr, one line each."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = given[: given.index("--")] if "--" in given else given
+    # Taken at any place: it is added to a command that has just failed.
+    debug = settings.debug() or "--debug" in options
+    given = [text for text in options if text != "--debug"] + given[len(options) :]
+    try:
+        code = cli.main(given, prog_name="dodoco", standalone_mode=False)
+        sys.stdout.flush()
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "dodoco"
+        return _fail(f"{error.format_message()} (see `{where} --help`)", EXIT_USAGE)
+    except click.ClickException as error:
+        return _fail(error.format_message(), EXIT_ERROR)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read our output has left; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(_explain(error, given), EXIT_ERROR)
+    return code if isinstance(code, int) else EXIT_OK
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    if isinstance(error, DodocoError):
+        return str(error)
+    if isinstance(error, ImportError):
+        missing = (error.name or "").split(".")[0]
+        if error.name in ("dodoco_ext._C", "_C") or "_C" in str(error):
+            return (
+                f"the C++ module is unusable ({error}): reinstall dodoco-ext; see `dodoco doctor`"
+            )
+        if isinstance(error, ModuleNotFoundError) and missing != "dodoco_ext":
+            from dodoco_ext.views.packages import remedy
+
+            return f"{missing} is not installed: {remedy(missing)}; see `dodoco doctor`"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
+    again = shlex.join(["dodoco", *arguments, "--debug"])
+    return (
+        f"unexpected {type(error).__name__}: {error}; run `{again}` for a traceback and report it"
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    click.echo(f"dodoco: error: {line}", err=True)
+    return code
+
+
+def main() -> NoReturn:
+    """Entry point of the command `dodoco`."""
+    sys.exit(run())

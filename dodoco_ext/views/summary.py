@@ -1,0 +1,321 @@
+"""The summary of one recording, as data: what `dodoco show SOURCE` says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dodoco_ext import _C, metrics
+from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader
+from dodoco_ext.sources import Listed
+from dodoco_ext.views.listing import RecordingInfo, describe, texts
+from dodoco_ext.views.null_curve import Band, NullCurve
+
+NO_BAND = Band(math.nan, math.nan, math.nan)
+
+SCOPE = {
+    "whole_run": "this rank only, exact counters of all passes since the recording began (board)",
+    "per_pass": "this rank only, mean over the passes still in the ring, every pass of equal weight",
+    "ranks": "whole run of this rank, experts placed in equal contiguous runs (an assumption)",
+    "mean_of_layers": "mean of the layers' figures, every layer of equal weight; none where one is",
+    "null": "uniform routing of every token to top_k distinct experts",
+}
+
+FAULTS = {
+    "UNSUPPORTED_DTYPE": "ids or a routing map of a dtype that is not recorded; that probe is off",
+    "BAD_SHAPE": "ids or a routing map of an impossible shape; that probe is off",
+    "TOO_LARGE": "a pass too large to count; that probe is off",
+    "UNSUPPORTED_DEVICE": "a router on a device that this build does not record; that probe is off",
+    "COPIED_SITE": "the model was copied after attach(); passes of the copy are not recorded",
+    "INTERNAL": "an error inside a probe; that probe is off",
+}
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Gini and max/mean of one histogram, each beside its null (nan where top_k is unknown)."""
+
+    gini: float
+    gini_null: Band
+    max_over_mean: float
+    max_over_mean_null: Band
+
+
+@dataclass(frozen=True)
+class RankBalance:
+    """The whole run per expert-parallel rank; `balance` is None where it is not measurable."""
+
+    num_ranks: int
+    counts: list[int] | None = None
+    busiest: int | None = None
+    balance: Balance | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class PerPass:
+    """Means over the passes of one layer that the ring still holds; nan where there are none.
+
+    Attributes:
+        gini_null: Expected mean Gini of passes of these sizes under uniform routing: the floor.
+        gini_corrected: Root mean squared Gini without what chance adds.
+    """
+
+    passes: int
+    tokens_min: int
+    tokens_max: int
+    gini: float
+    gini_null: float
+    gini_corrected: float
+    max_over_mean: float
+    max_over_mean_null: float
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: exact counters and figures of its scopes."""
+
+    counters: LayerSnapshot
+    whole_run: Balance
+    per_pass: PerPass
+    ranks: RankBalance | None
+
+
+@dataclass(frozen=True)
+class MeanOfLayers:
+    """Means of the layers' figures; nan where a layer has none, rather than a mean of the rest."""
+
+    gini: float
+    max_over_mean: float
+    pass_gini: float
+    pass_gini_null: float
+    pass_gini_corrected: float
+    pass_max_over_mean: float
+    pass_max_over_mean_null: float
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What the ring covers.
+
+    Attributes:
+        records: Records held (all layers).
+        slots: Records it can hold.
+        lost: Records overwritten before now.
+        iterations: Distinct iterations among the records held.
+        seconds: From the first to the last record held.
+        record_every: Iterations between records, as the recording began.
+        implausible: Records that cannot be true and were left out (a damaged file).
+        null_sizes: Distinct pass sizes, and at how many of them the null was simulated.
+    """
+
+    records: int
+    slots: int
+    lost: int
+    iterations: int
+    seconds: float
+    record_every: int | None
+    implausible: int
+    null_sizes: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One recording, summarised."""
+
+    recording: RecordingInfo
+    layers: tuple[LayerSummary, ...]
+    ring: Ring
+    uncovered: list[dict[str, str]]
+    num_faults: int
+    last_fault: str | None
+
+    @property
+    def mean_of_layers(self) -> MeanOfLayers:
+        """The layers' figures, averaged."""
+        whole = [layer.whole_run for layer in self.layers]
+        each = [layer.per_pass for layer in self.layers]
+        return MeanOfLayers(
+            *(_mean(getattr(b, name) for b in whole) for name in ("gini", "max_over_mean")),
+            *(
+                _mean(getattr(p, name) for p in each)
+                for name in ("gini", "gini_null", "gini_corrected")
+            ),
+            *(
+                _mean(getattr(p, name) for p in each)
+                for name in ("max_over_mean", "max_over_mean_null")
+            ),
+        )
+
+
+def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
+    """Summarises one recording.
+
+    Args:
+        reader: The recording.
+        num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: none.
+    """
+    layers = reader.snapshot().layers
+    held, _, lost = reader.read()
+    records, implausible = _plausible(held, layers)
+    families: dict[tuple[int, int], list[LayerSnapshot]] = {}
+    for layer in layers:
+        families.setdefault((layer.num_experts, layer.top_k), []).append(layer)
+    summaries: dict[int, LayerSummary] = {}
+    sizes = [0, 0]
+    for (_, top_k), members in families.items():
+        passes = {m.index: records[records["layer"] == m.index] for m in members}
+        whole = _curve([_effective(m.assignments, top_k) for m in members], members[0])
+        each = _curve([_effective(p["assignments"], top_k) for p in passes.values()], members[0])
+        if each is not None:
+            every = np.concatenate(list(passes.values()))["assignments"]
+            sizes[0] += len(np.unique(_effective(every, top_k)))
+            sizes[1] += len(each.simulated)
+        folded = _Folding(members, num_ranks) if num_ranks else None
+        for m in members:
+            balance = _balance(m.counts, _effective(m.assignments, top_k), whole)
+            summaries[m.index] = LayerSummary(
+                m, balance, _per_pass(passes[m.index], m, each), folded.of(m) if folded else None
+            )
+    fault = reader.header["last_fault"]
+    return Summary(
+        recording=describe(Listed(reader.path, reader)),
+        layers=tuple(summaries[index] for index in sorted(summaries)),
+        ring=Ring(
+            records=len(held),
+            slots=reader.num_slots,
+            lost=lost,
+            iterations=len(np.unique(held["iteration"])),
+            seconds=_span_s(held),
+            record_every=_whole_number(reader.metadata.get("record_every")),
+            implausible=implausible,
+            null_sizes=(sizes[0], sizes[1]),
+        ),
+        uncovered=_uncovered(reader.metadata.get("uncovered")),
+        num_faults=reader.header["num_faults"],
+        last_fault=_fault_name(fault) if fault else None,
+    )
+
+
+class _Folding:
+    """Folds the counts of layers with equal E and k into expert-parallel ranks."""
+
+    def __init__(self, members: list[LayerSnapshot], num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        num_experts = members[0].num_experts
+        self.placement = None
+        self.problem = f"{num_ranks} ranks do not divide {num_experts} experts"
+        if num_experts % num_ranks == 0:
+            self.placement = metrics.contiguous_placement(num_experts, num_ranks)
+            sizes = [_effective(m.assignments, m.top_k) for m in members]
+            self.curve = _curve(sizes, members[0], self.placement)
+
+    def of(self, layer: LayerSnapshot) -> RankBalance:
+        if self.placement is None:
+            return RankBalance(self.num_ranks, problem=self.problem)
+        counts = metrics.rank_counts(layer.counts, self.placement)
+        return RankBalance(
+            self.num_ranks,
+            counts=[int(count) for count in counts],
+            busiest=int(counts.argmax()) if counts.any() else None,
+            balance=_balance(counts, _effective(layer.assignments, layer.top_k), self.curve),
+        )
+
+
+def _effective(assignments: Any, top_k: int) -> Any:
+    # Tokens that the null must assume so that its assignments are those counted: rows may have lost
+    # some of their k to padding or capacity. 0 where k is unknown, and nothing is known of the null.
+    return np.rint(np.asarray(assignments) / top_k).astype(np.int64) if top_k else 0
+
+
+def _curve(
+    sizes: Iterable[Any], layer: LayerSnapshot, placement: NDArray[np.int64] | None = None
+) -> NullCurve | None:
+    flat = np.concatenate([np.atleast_1d(size) for size in sizes])
+    flat = flat[flat > 0]
+    if not flat.size:
+        return None
+    return NullCurve.over(flat, layer.num_experts, layer.top_k, placement)
+
+
+def _balance(counts: NDArray[Any], tokens: Any, curve: NullCurve | None) -> Balance:
+    known = curve is not None and tokens > 0
+    return Balance(
+        float(metrics.gini(counts)),
+        curve.gini_band(int(tokens)) if curve is not None and known else NO_BAND,
+        float(metrics.max_over_mean(counts)),
+        curve.max_over_mean_band(int(tokens)) if curve is not None and known else NO_BAND,
+    )
+
+
+def _per_pass(records: NDArray[np.void], layer: LayerSnapshot, curve: NullCurve | None) -> PerPass:
+    if not len(records):
+        return PerPass(0, 0, 0, *[math.nan] * 5)
+    gini = np.asarray(
+        metrics.gini_from_numerator(
+            records["gini_numerator"], records["assignments"], layer.num_experts
+        )
+    )
+    peaks = layer.num_experts * records["max_count"] / records["assignments"].astype(np.float64)
+    sizes = _effective(records["assignments"], layer.top_k)
+    if curve is None:
+        floor, corrected, peak_floor = math.nan, math.nan, math.nan
+    else:
+        sizes = np.maximum(sizes, 1)
+        floor = float(curve.gini_mean(sizes).mean())
+        corrected = curve.corrected_gini(gini, sizes)
+        peak_floor = float(curve.max_over_mean_mean(sizes).mean())
+    return PerPass(
+        passes=len(records),
+        tokens_min=int(records["tokens"].min()),
+        tokens_max=int(records["tokens"].max()),
+        gini=float(gini.mean()),
+        gini_null=floor,
+        gini_corrected=corrected,
+        max_over_mean=float(peaks.mean()),
+        max_over_mean_null=peak_floor,
+    )
+
+
+def _plausible(
+    records: NDArray[np.void], layers: tuple[LayerSnapshot, ...]
+) -> tuple[NDArray[np.void], int]:
+    """Forward passes with assignments, and how many records were left out as impossible."""
+    known = records["layer"] < len(layers)
+    experts = np.array([layer.num_experts for layer in layers], np.float64)
+    largest = experts[np.where(known, records["layer"], 0)] * records["assignments"]
+    sound = known & (records["gini_numerator"] <= largest)
+    sound &= records["max_count"] <= records["assignments"]
+    counted = (records["type"] == ROUTE) & (records["direction"] == 0) & ~records["recompute"]
+    kept = sound & counted & (records["assignments"] > 0)
+    return records[kept], int((~sound).sum())
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(np.fromiter(values, np.float64)))
+
+
+def _span_s(records: NDArray[np.void]) -> float:
+    times = records["time_ns"]
+    return float(int(times.max()) - int(times.min())) / 1e9 if len(times) else 0.0
+
+
+def _fault_name(code: int) -> str:
+    try:
+        return _C.Fault(code).name
+    except ValueError:
+        return f"fault {code}"  # written by a later version
+
+
+def _whole_number(value: object) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _uncovered(value: object) -> list[dict[str, str]]:
+    parts = [texts(part) for part in value] if isinstance(value, list) else []
+    return [{"name": p.get("name", ""), "reason": p.get("reason", "")} for p in parts]
