@@ -9,7 +9,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
 CXX ?= g++
+BENCH_RESULTS ?= results/benchmarks.json
 
 # Tests and tools see the installed package, never the source folders of the checkout's root.
 export PYTHONSAFEPATH := 1
@@ -18,7 +20,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test engines lint sanitize bench-record wheel
+CHECKS := demo test engines mutants lint sanitize bench-record wheel
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -26,17 +28,18 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo test check list-checks engines lint format bench bench-record sanitize wheel clean
+.PHONY: help demo test check list-checks engines mutants bench bench-record sanitize wheel clean \
+  lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), TORCH='$(TORCH)' (any pip requirement), CXX=$(CXX)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), TORCH='$(TORCH)' and TRITON='$(TRITON)' (any pip requirement), CXX=$(CXX)"
 
 demo: $(STAMPS)/package ## train a small MoE on real text, record its routing, write results/demo/
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
 test: $(STAMPS)/package $(STAMPS)/dev ## all tests without engines (at most 10 minutes, install included)
-	$(BIN)/pytest tests --ignore=tests/engines
+	$(BIN)/pytest tests --ignore=tests/engines --ignore=tests/mutants
 
 check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 
@@ -44,18 +47,25 @@ list-checks:
 	@echo $(CHECKS)
 
 engines: $(STAMPS)/package $(STAMPS)/dev ## tests against real engines
-ifeq ($(wildcard tests/engines/test_*.py),)
-	@echo "engines: tests/engines holds no test"
-else
 	$(BIN)/pytest tests/engines
-endif
 
-# mypy and import-linter run from build/, where only the installed package can be found.
-lint: $(STAMPS)/package $(STAMPS)/dev build/compile_commands.json ## ruff, mypy --strict, import-linter, clang-format, clang-tidy
+mutants: $(STAMPS)/package $(STAMPS)/dev ## damaged copies of the recorder, each of which the tests must find
+	$(BIN)/pytest tests/mutants
+
+lint: lint-python lint-types lint-imports lint-cpp ## ruff, mypy --strict, import-linter, clang-format, clang-tidy
+
+lint-python: $(STAMPS)/dev
 	$(BIN)/ruff check $(PYTHON_DIRS)
 	$(BIN)/ruff format --check $(PYTHON_DIRS)
+
+# These two run from build/, where only the installed package can be found.
+lint-types: $(STAMPS)/package $(STAMPS)/dev
 	cd build && ../$(BIN)/mypy --config-file ../pyproject.toml --strict -p dodoco_ext
+
+lint-imports: $(STAMPS)/package $(STAMPS)/dev
 	cd build && ../$(BIN)/lint-imports --config ../pyproject.toml --no-cache
+
+lint-cpp: build/compile_commands.json $(STAMPS)/dev
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	printf '%s\n' $(filter csrc/%.cpp,$(CPP_FILES)) | xargs -P 2 -n 1 $(BIN)/clang-tidy -p build --quiet
 
@@ -65,10 +75,10 @@ format: $(STAMPS)/dev ## rewrite the sources as `make lint` wants them
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(STAMPS)/package $(STAMPS)/dev ## benchmarks; fails beyond the limits
-	$(BIN)/pytest --benchmark --benchmark-strict benchmarks
+	$(BIN)/pytest --benchmark --benchmark-strict --benchmark-results $(BENCH_RESULTS) benchmarks
 
 bench-record: $(STAMPS)/package $(STAMPS)/dev ## benchmarks as CI runs them: records, tolerates noise
-	$(BIN)/pytest --benchmark benchmarks
+	$(BIN)/pytest --benchmark --benchmark-results $(BENCH_RESULTS) benchmarks
 
 # Stress programs of tests/cpp, linked with every file of csrc that is free of Python.
 STRESS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/*_stress.cpp))
@@ -155,6 +165,7 @@ $(STAMPS)/runtime: $(TORCH_STAMP) pyproject.toml constraints.txt
 $(STAMPS)/dev: $(STAMPS)/runtime
 	@echo "installing test and lint tools"
 	@$(PIP) -r <($(BIN)/python -c "$$REQUIREMENTS" transformers report prometheus top trace dev)
+	@$(PIP) $(TRITON)
 	@touch $@
 
 $(STAMPS)/package: $(STAMPS)/runtime $(SOURCES)

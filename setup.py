@@ -122,7 +122,7 @@ class NinjaBuild(build_ext):
                 code = ninja.build(f"{stem}.fatbin", "fatbin", str(kernel))
                 objects += ninja.build(f"{stem}.fatbin.o", "embed", str(stub), implicit=code)
             ninja.build(str(target), "link", objects)
-        command = [f"{BIN_DIR}/ninja", "-f", f"{folder}/build.ninja"]
+        command = [str(Path(BIN_DIR, "ninja")), "-f", f"{folder}/build.ninja"]
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit("dodoco_ext._C could not be built: the compiler's message is above")
 
@@ -139,7 +139,7 @@ class FreshBuildPy(build_py):
 setup(
     packages=[*find_packages(include=["dodoco_ext", "dodoco_ext.*"]), "dodoco_ext.triton_kernels"],
     package_dir={"dodoco_ext.triton_kernels": "triton_kernels"},
-    package_data={"": ["py.typed", "*.pyi", "*.html", "*.j2", "*.css", "*.js", "*.json"]},
+    package_data={"": ["py.typed", "*.pyi", "templates/*"]},
     ext_modules=[Extension("dodoco_ext._C", sorted(map(str, Path("csrc").glob("*.cpp"))))],
     cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuildPy},
 )

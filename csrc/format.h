@@ -118,7 +118,8 @@ constexpr std::uint64_t board_count_words(std::uint64_t num_experts) {
   return (num_experts + 7) / 8 * 8;
 }
 constexpr std::uint64_t board_block_words(std::uint64_t num_experts) {
-  return kBoardWords + board_count_words(num_experts) + kSizeClasses * (kGiniBins + kMaxMeanBins);
+  return kBoardWords + board_count_words(num_experts) +
+         std::uint64_t{kSizeClasses} * (kGiniBins + kMaxMeanBins);
 }
 
 // --- Ring: the latest passes. ------------------------------------------------------------------

@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dodoco_ext.attachment import Attachment, attach
     from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
-    from dodoco_ext.recording import open_recording as open  # noqa: A004
+    from dodoco_ext.sources import open_recording as open  # noqa: A004
 
 _HOMES = {
     "attach": ("dodoco_ext.attachment", "attach"),
     "Attachment": ("dodoco_ext.attachment", "Attachment"),
-    "open": ("dodoco_ext.recording", "open_recording"),
+    "open": ("dodoco_ext.sources", "open_recording"),
     "Reader": ("dodoco_ext.recording", "Reader"),
     "Snapshot": ("dodoco_ext.recording", "Snapshot"),
     "LayerSnapshot": ("dodoco_ext.recording", "LayerSnapshot"),

@@ -138,7 +138,7 @@ def _show_list(source: str | None, *, as_json: bool) -> None:
 
 
 def _show_one(source: str | None, *, num_ranks: int | None, experts: bool, as_json: bool) -> None:
-    from dodoco_ext.recording import open_recording
+    from dodoco_ext.sources import open_recording
     from dodoco_ext.views.show import print_summary, summary_json
     from dodoco_ext.views.summary import summarise
 

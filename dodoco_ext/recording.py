@@ -359,21 +359,3 @@ def _readable() -> Iterator[None]:
         yield
     except _C.RecordingError as error:
         raise RecordingError(str(error)) from None
-
-
-def open_recording(source: str | int | os.PathLike[str] | None = None) -> Reader:
-    """Opens a recording.
-
-    Args:
-        source: A file, a folder (its latest recording), the PID of a process that records, the
-            name of a recording or the run it belongs to; None: the latest recording of this user.
-
-    Returns:
-        A reader of it.
-
-    Raises:
-        RecordingError: There is none, or it cannot be read; the message says where was looked.
-    """
-    from dodoco_ext.sources import resolve
-
-    return Reader(resolve(source))

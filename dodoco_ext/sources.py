@@ -44,6 +44,22 @@ def find(directories: tuple[Path, ...] | None = None) -> list[Listed]:
     return listed
 
 
+def open_recording(source: str | int | os.PathLike[str] | None = None) -> Reader:
+    """Opens a recording.
+
+    Args:
+        source: A file, a folder (its latest recording), the PID of a process that records, the
+            name of a recording or the run it belongs to; None: the latest recording of this user.
+
+    Returns:
+        A reader of it.
+
+    Raises:
+        RecordingError: There is none, or it cannot be read; the message says where was looked.
+    """
+    return Reader(resolve(source))
+
+
 def resolve(source: str | int | os.PathLike[str] | None) -> Path:
     """Finds the recording that a SOURCE means; see `dodoco_ext.open()`.
 

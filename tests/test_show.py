@@ -124,7 +124,8 @@ def test_counters_and_whole_run_figures_are_exact(capsys: Capture) -> None:
 def test_per_pass_figures_are_those_of_the_records(skew: float, capsys: Capture) -> None:
     path = planted.recording(planted.layers(2, 16, 2), [32, 32, 8, 32, 64, 64] * 5, skew=skew)
     found = show_json(capsys, path)
-    records = open_recording(path).records()
+    reader = open_recording(path)
+    records, snapshot = reader.records(), reader.snapshot()
     for layer in found["layers"]:
         mine = records[records["layer"] == layer["index"]]
         gini = mine["gini_numerator"] / (16 * mine["assignments"])
@@ -134,7 +135,8 @@ def test_per_pass_figures_are_those_of_the_records(skew: float, capsys: Capture)
         assert (each["tokens_min"], each["tokens_max"]) == (8, 64)
         assert each["gini"] == pytest.approx(gini.mean())
         assert each["gini_null"] == pytest.approx(np.mean([n.gini_mean for n in exact]))
-        corrected = nulls.corrected_gini(gini, mine["tokens"], 16, 2)
+        loads = snapshot.layers[layer["index"]].counts
+        corrected = nulls.corrected_gini(gini, mine["tokens"], 16, 2, counts=loads)
         assert each["gini_corrected"] == pytest.approx(corrected)
         assert (corrected > 0) == (skew > 0)
         peaks = np.mean(16 * mine["max_count"] / mine["assignments"])

@@ -98,7 +98,9 @@ class NullCurve:
         ]
         return Band(mean, *(1.0 + (mean - 1.0) * self._end(size, ratio) for ratio in scale))
 
-    def corrected_gini(self, gini: ArrayLike, sizes: ArrayLike) -> float:
+    def corrected_gini(
+        self, gini: ArrayLike, sizes: ArrayLike, counts: ArrayLike | None = None
+    ) -> float:
         """`nulls.corrected_gini` over passes of any number of sizes.
 
         That would simulate every size. Where they are many, each pass is therefore entered as two of
@@ -109,10 +111,11 @@ class NullCurve:
         Args:
             gini: Raw Gini of each pass, [P].
             sizes: Tokens of each pass, [P].
+            counts: Loads of the experts, [E], which the noise depends on; None: smooth loads.
         """
         raw, tokens, nodes = np.asarray(gini), np.asarray(sizes), self.simulated
         if np.isin(tokens, nodes).all():
-            return nulls.corrected_gini(raw, tokens, self.num_experts, self.top_k)
+            return nulls.corrected_gini(raw, tokens, self.num_experts, self.top_k, counts=counts)
         upper = np.clip(np.searchsorted(nodes, tokens), 1, len(nodes) - 1)
         floor, at_nodes = self.gini_mean(tokens) ** 2, self.gini_mean(nodes) ** 2
         drop = at_nodes[upper - 1] - at_nodes[upper]
@@ -123,6 +126,7 @@ class NullCurve:
             self.num_experts,
             self.top_k,
             weights=np.concatenate([weight, 1.0 - weight]),
+            counts=counts,
         )
 
     def _end(self, size: int, at_nodes: FloatArray) -> float:

@@ -237,7 +237,11 @@ def _print_notes(console: Console, summary: Summary) -> None:
     if any(layer.counters.top_k == 0 for layer in summary.layers):
         note += "; '-' where top-k is unknown"
     _note(console, note)
-    _note(console, "corrected: root mean squared Gini of the passes without what chance adds")
+    at = "its own loads" if summary.ring.loads_known else "smooth loads (too many to simulate)"
+    _note(
+        console,
+        f"corrected: root mean squared Gini of a layer's passes without what chance adds at {at}",
+    )
     if any(layer.counters.in_flight for layer in summary.layers):
         why = (
             "its writer died in the middle of"

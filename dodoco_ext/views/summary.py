@@ -16,6 +16,9 @@ from dodoco_ext.sources import Listed
 from dodoco_ext.views.listing import RecordingInfo, describe, texts
 from dodoco_ext.views.null_curve import Band, NullCurve
 
+# Simulations at the layers' own loads that a summary may cost: about a tenth of a second each.
+MAX_LOAD_SIMULATIONS = 24
+
 NO_BAND = Band(math.nan, math.nan, math.nan)
 
 SCOPE = {
@@ -112,6 +115,8 @@ class Ring:
         record_every: Iterations between records, as the recording began.
         implausible: Records that cannot be true and were left out (a damaged file).
         null_sizes: Distinct pass sizes, and at how many of them the null was simulated.
+        loads_known: Whether the corrected Gini takes the noise at each layer's own loads; where that
+            would be too many simulations, at smooth loads.
     """
 
     records: int
@@ -122,6 +127,7 @@ class Ring:
     record_every: int | None
     implausible: int
     null_sizes: tuple[int, int]
+    loads_known: bool
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
         families.setdefault((layer.num_experts, layer.top_k), []).append(layer)
     summaries: dict[int, LayerSummary] = {}
     sizes = [0, 0]
+    loads_known = True
     for (_, top_k), members in families.items():
         passes = {m.index: records[records["layer"] == m.index] for m in members}
         whole = _curve([_effective(m.assignments, top_k) for m in members], members[0])
@@ -176,11 +183,16 @@ def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
             every = np.concatenate(list(passes.values()))["assignments"]
             sizes[0] += len(np.unique(_effective(every, top_k)))
             sizes[1] += len(each.simulated)
+        loads = each is not None and len(layers) * len(each.simulated) <= MAX_LOAD_SIMULATIONS
+        loads_known &= loads or each is None
         folded = _Folding(members, num_ranks) if num_ranks else None
         for m in members:
             balance = _balance(m.counts, _effective(m.assignments, top_k), whole)
             summaries[m.index] = LayerSummary(
-                m, balance, _per_pass(passes[m.index], m, each), folded.of(m) if folded else None
+                m,
+                balance,
+                _per_pass(passes[m.index], m, each, loads),
+                folded.of(m) if folded else None,
             )
     fault = reader.header["last_fault"]
     return Summary(
@@ -195,6 +207,7 @@ def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
             record_every=_whole_number(reader.metadata.get("record_every")),
             implausible=implausible,
             null_sizes=(sizes[0], sizes[1]),
+            loads_known=loads_known,
         ),
         uncovered=_uncovered(reader.metadata.get("uncovered")),
         num_faults=reader.header["num_faults"],
@@ -253,7 +266,9 @@ def _balance(counts: NDArray[Any], tokens: Any, curve: NullCurve | None) -> Bala
     )
 
 
-def _per_pass(records: NDArray[np.void], layer: LayerSnapshot, curve: NullCurve | None) -> PerPass:
+def _per_pass(
+    records: NDArray[np.void], layer: LayerSnapshot, curve: NullCurve | None, loads: bool
+) -> PerPass:
     if not len(records):
         return PerPass(0, 0, 0, *[math.nan] * 5)
     gini = np.asarray(
@@ -268,7 +283,7 @@ def _per_pass(records: NDArray[np.void], layer: LayerSnapshot, curve: NullCurve 
     else:
         sizes = np.maximum(sizes, 1)
         floor = float(curve.gini_mean(sizes).mean())
-        corrected = curve.corrected_gini(gini, sizes)
+        corrected = curve.corrected_gini(gini, sizes, layer.counts if loads else None)
         peak_floor = float(curve.max_over_mean_mean(sizes).mean())
     return PerPass(
         passes=len(records),
