@@ -1,0 +1,204 @@
+"""The command `dodoco observe`. Torch and transformers are imported only once it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dodoco_ext.errors import DodocoError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.observe import Progress
+    from dodoco_ext.observatory.result import Result
+
+_HELP = """Run a mixture-of-experts model over data conditions and report how its routing differs.
+
+Every condition gets the same number of tokens. SOURCE is one of
+
+\b
+  mock-uniform            ids drawn uniformly from the vocabulary
+  mock-unigram[:SOURCE]   the tokens of a text, dealt out at random over all sequences
+  mock-repeat             one token, repeated
+  shuffled:SOURCE         a text with the tokens of each sequence in random order
+  FILE                    .txt, .md, .rst, .py, or .jsonl with "text" or "messages"
+  hf:NAME[,CONFIG][,SPLIT]  a data set, through the package datasets
+  builtin:prose, builtin:code   documentation and source of the Python standard library
+
+\b
+Examples:
+  dodoco observe --preset demo --out results/demo
+  dodoco observe --model results/demo/model --data mock-uniform --data builtin:prose
+  dodoco observe --model ORG/NAME --data mock-unigram:a.txt --data a.txt --data b.jsonl --json
+"""
+
+
+_NEEDED = (
+    ("torch", "install the build for this machine"),
+    ("transformers", "pip install 'dodoco-ext[transformers]'"),
+    ("tokenizers", "pip install 'dodoco-ext[transformers]'"),
+    ("jinja2", "pip install 'dodoco-ext[report]'"),
+    ("matplotlib", "pip install 'dodoco-ext[report]'"),
+)
+
+
+@click.command(help=_HELP)
+@click.option(
+    "--preset",
+    type=click.Choice(["demo"]),
+    help="Train a small model and observe it under six conditions.",
+)
+@click.option("--model", metavar="DIR|ID", help="Model folder (save_pretrained) or model id.")
+@click.option("--data", metavar="SOURCE", multiple=True, help="A data condition; give several.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the report. [default: results/observe; demo: results/demo]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Sequences a pass. [default: 8]")
+@click.option(
+    "--sequence-length", type=click.IntRange(min=2), help="Tokens a sequence. [default: 128]"
+)
+@click.option("--num-batches", type=click.IntRange(min=2), help="Passes a condition. [default: 32]")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0, max=2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of everything random.",
+)
+@click.option("--retrain", is_flag=True, help="Train the demo's model even if OUT/model fits.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def observe(
+    preset: str | None,
+    model: str | None,
+    data: tuple[str, ...],
+    out: Path | None,
+    batch_size: int | None,
+    sequence_length: int | None,
+    num_batches: int | None,
+    seed: int,
+    retrain: bool,
+    as_json: bool,
+) -> None:
+    """Checks the options, observes, writes the report and prints it."""
+    if preset and (model or data):
+        raise click.UsageError(
+            "--preset demo brings its own model and data: leave out --model and --data"
+        )
+    if not preset and not model:
+        raise click.UsageError(
+            "no model given: add --model DIR or --model ID, or use --preset demo"
+        )
+    if not preset and not data:
+        raise click.UsageError("no data given: add --data SOURCE, for example --data builtin:prose")
+    if retrain and not preset:
+        raise click.UsageError("--retrain goes with --preset demo only")
+    folder = out or Path("results") / (preset or "observe")
+    _check_installed()
+    _check_writable(folder)
+    from rich.console import Console
+
+    from dodoco_ext.observatory import report
+    from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.show import print_result
+
+    shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32)
+    errors = Console(stderr=True)
+    with _progress(errors) as progress:
+        if model is None:
+            result, recording = _run_demo(folder, shape, seed, retrain, errors, progress)
+        else:
+            result, recording = _run_model(model, data, shape, seed, errors, progress)
+    paths = report.write_report(result, folder)
+    if as_json:
+        click.echo(result.to_json())
+        return
+    print_result(result, Console(), recording, paths)
+
+
+def _check_installed() -> None:
+    """Fails before minutes of work do."""
+    for package, advice in _NEEDED:
+        if find_spec(package) is None:
+            raise DodocoError(f"dodoco observe needs {package}, which is not installed: {advice}")
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}): give another --out"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write to {folder}: give another --out")
+
+
+def _run_demo(
+    out: Path, shape: Shape, seed: int, retrain: bool, console: Console, progress: Progress
+) -> tuple[Result, Path]:
+    from dodoco_ext.observatory.demo import run_demo
+
+    console.print("reading the standard library's text, then training or reusing the model ...")
+    return run_demo(out, seed=seed, shape=shape, retrain=retrain, progress=progress)
+
+
+def _run_model(
+    model: str, data: tuple[str, ...], shape: Shape, seed: int, console: Console, progress: Progress
+) -> tuple[Result, Path]:
+    from dodoco_ext.observatory import observe as observing
+    from dodoco_ext.observatory.models import load_model
+
+    if console.is_terminal:
+        console.print(f"loading {model} ...", highlight=False)
+    loaded = load_model(model)
+    return observing.run(
+        loaded.model,
+        loaded.tokenizer,
+        data,
+        name=loaded.name,
+        shape=shape,
+        seed=seed,
+        progress=progress,
+    )
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """Progress bars on `console`, one a phase; without a terminal, one line a finished phase."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, int] = {}
+
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done)  # type: ignore[arg-type]
+            if done == total and not console.is_terminal:
+                console.print(f"{phase}: {total} of {total}", highlight=False)
+
+        yield advance
