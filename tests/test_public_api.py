@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import dodoco_ext
 import pytest
+
+import dodoco_ext
 
 SNAPSHOT = Path(__file__).with_name("public_api.txt")
 
@@ -31,6 +32,8 @@ def describe(name: str, value: object) -> list[str]:
 def test_the_public_api_is_the_documented_one() -> None:
     pytest.importorskip("torch", reason="attach() needs torch")
     lines = [
-        line for name in sorted(dodoco_ext.__all__) for line in describe(name, getattr(dodoco_ext, name))
+        line
+        for name in sorted(dodoco_ext.__all__)
+        for line in describe(name, getattr(dodoco_ext, name))
     ]
     assert lines == SNAPSHOT.read_text(encoding="utf-8").splitlines()
