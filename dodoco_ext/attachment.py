@@ -41,7 +41,9 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
         try:
             record(extract(module, args, output), module._dodoco_site)
         except Exception as error:  # telemetry never takes down its host
-            site = getattr(module, _SITE)
+            site = getattr(module, _SITE, None)
+            if site is None:
+                return  # detached by another thread while this one was in the router
             if torch.compiler.is_compiling():
                 ops.extraction_failed(site)
             else:

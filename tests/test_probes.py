@@ -140,3 +140,14 @@ def test_what_cannot_be_observed_is_listed(caplog: pytest.LogCaptureFixture) -> 
     with pytest.raises(NothingToObserve, match="nothing in it can be observed") as caught:
         dodoco.attach(OneByOne())
     assert "\n" not in str(caught.value)
+
+
+def test_a_pass_that_outlives_its_probe_does_not_fail_the_host() -> None:
+    model = ToyModel(num_layers=1)
+    attachment = dodoco.attach(model)
+    hooked = next(m for m in model.modules() if "_dodoco_site" in m.__dict__)
+    probe = next(iter((hooked._forward_pre_hooks or hooked._forward_hooks).values()))
+    attachment.detach()
+    # A call in another thread had collected its hooks before.
+    probe(hooked, (), ())
+    assert attachment.snapshot().layers[0].passes == 0
