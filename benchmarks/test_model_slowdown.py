@@ -1,0 +1,176 @@
+"""How much slower the demo's model runs while it is recorded: decode and prefill, in CPU time.
+
+The weights are random: what a layer costs does not depend on them, and a model fresh from
+initialisation routes to all experts, as the trained one does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dodoco_ext as dodoco
+from dodoco_ext.observatory import tiny
+
+from .figures import TOLERANCE, Figures, in_us, with_interval
+from .interleave import Contestant, Summary, interleave
+
+LIMIT = 0.01
+CONTEXT = 128  # tokens in the cache before a decoding step, or in a sequence of prefill
+
+
+class Model:
+    """The demo's model and its probes, which come and go without a trace."""
+
+    def __init__(self) -> None:
+        transformers = pytest.importorskip("transformers")
+        config = tiny.TinyConfig()
+        torch.manual_seed(0)
+        self.model = transformers.Qwen3MoeForCausalLM(
+            tiny._transformers_config(config, config.vocab_size)
+        ).eval()
+        self.vocab_size = config.vocab_size
+        self.attachment = dodoco.attach(self.model)
+        hooked = [module for module in self.model.modules() if module._forward_hooks]
+        assert len(hooked) == config.num_layers
+        self._probes = [(module._forward_hooks, dict(module._forward_hooks)) for module in hooked]
+
+    def bare(self) -> None:
+        for hooks, _ in self._probes:
+            hooks.clear()
+
+    def disabled(self) -> None:
+        for hooks, probes in self._probes:
+            hooks.update(probes)
+        self.attachment.enabled = False
+
+    def recording(self) -> None:
+        for hooks, probes in self._probes:
+            hooks.update(probes)
+        self.attachment.enabled = True
+
+    def time_probes(self, run: Callable[[], object], num_passes: int) -> Summary:
+        """Wall seconds of one probe where it runs: between the model's layers, caches cold."""
+        seconds: list[float] = []
+
+        def timed(probe: Callable[..., None]) -> Callable[..., None]:
+            def hook(*arguments: Any) -> None:
+                start = time.perf_counter_ns()
+                probe(*arguments)
+                seconds.append((time.perf_counter_ns() - start) / 1e9)
+
+            return hook
+
+        self.recording()
+        for hooks, probes in self._probes:
+            hooks.update({key: timed(probe) for key, probe in probes.items()})
+        run()
+        seconds.clear()
+        for _ in range(num_passes):
+            run()
+        self.bare()
+        return Summary.of(np.array(seconds))
+
+    def tokens(self, batch: int, length: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocab_size, (batch, length), generator=generator)
+
+    def decoder(self, batch: int) -> tuple[Callable[[], object], Callable[[], None]]:
+        """One step of decoding behind `CONTEXT` tokens, and what makes room for it again."""
+        prompt, last = self.tokens(batch, CONTEXT), self.tokens(batch, 1)
+        self.bare()
+        with torch.inference_mode():
+            cache: Any = self.model(prompt, use_cache=True).past_key_values
+
+        def step() -> object:
+            with torch.inference_mode():
+                return self.model(last, past_key_values=cache, use_cache=True).logits
+
+        def rewind() -> None:
+            surplus = cache.get_seq_length() - CONTEXT
+            if surplus > 0:
+                with torch.inference_mode():
+                    cache.crop(-surplus)
+
+        return step, rewind
+
+    def prefiller(self, batch: int) -> Callable[[], object]:
+        prompt = self.tokens(batch, CONTEXT)
+
+        def prefill() -> object:
+            with torch.inference_mode():
+                return self.model(prompt, use_cache=True, logits_to_keep=1).logits
+
+        return prefill
+
+
+@pytest.fixture
+def model(recordings: object) -> Iterator[Model]:
+    made = Model()
+    yield made
+    made.attachment.detach()
+
+
+@pytest.mark.parametrize(
+    ("phase", "batch", "num_blocks"),
+    [("decode", 8, 2500), ("decode", 32, 1200), ("prefill", 8, 240)],
+)
+def test_recording_slows_the_model_by_less_than_one_per_cent(
+    figures: Figures, model: Model, phase: str, batch: int, num_blocks: int
+) -> None:
+    rewind: Callable[[], None] | None = None
+    if phase == "decode":
+        run, rewind = model.decoder(batch)
+    else:
+        run = model.prefiller(batch)
+
+    def prepare(switch: Callable[[], None]) -> Callable[[], None]:
+        def switch_and_rewind() -> None:
+            switch()
+            if rewind is not None:
+                rewind()
+
+        return switch_and_rewind
+
+    # The same twice: what the second bare run differs by is the error of the method here and now.
+    ways = {
+        "bare": model.bare,
+        "disabled": model.disabled,
+        "recording": model.recording,
+        "bare again": model.bare,
+    }
+    run()
+    timings = interleave(
+        {way: Contestant(run, prepare(switch)) for way, switch in ways.items()},
+        num_blocks=figures.blocks(num_blocks),
+        calls=dict.fromkeys(ways, 1),
+    )
+    name = f"{phase}, batch {batch}"
+    cost = {way: figures.add(f"model/{name}/{way}", timings.time(way)) for way in ways}
+    slowdown = {way: timings.slowdown(way, "bare") for way in ways if way != "bare"}
+    layers = len(model.attachment.layers)
+    if rewind is not None:
+        rewind()
+    probe = figures.add(f"model/{name}/probe in place", model.time_probes(run, 30))
+    figures.table(
+        f"The demo's model ({layers} layers), one pass, CPU time; slower than bare by",
+        ("phase", "bare, us", "a probe in place, us", "bare again", "disabled", "recording"),
+    ).rows.append(
+        (
+            f"{phase}, {batch} x {1 if phase == 'decode' else CONTEXT}",
+            in_us(cost["bare"].p50),
+            " / ".join(in_us(value) for value in (probe.p20, probe.p50, probe.p80)),
+            *(
+                with_interval(slowdown[way], 100, " %")
+                for way in ("bare again", "disabled", "recording")
+            ),
+        )
+    )
+    for way, slower in slowdown.items():
+        figures.add(f"model/{name}/slowdown {way}", slower)
+    figures.judge(f"model/{name}/slowdown recording", slowdown["recording"], LIMIT, slack=TOLERANCE)
