@@ -1,6 +1,8 @@
-// The hot path from Python: plain C calls over integers (addresses, sizes, strides), since a
-// pybind11 call costs several times as much as what it would call.
+// The hot path from Python: bodies of the ops that read their tensors through
+// DLPack's C interface, since a handful of attribute look-ups in Python costs
+// more than counting.
 #include "bindings.h"
+#include "dlpack.h"
 #include "lane.h"
 
 namespace py = pybind11;
@@ -8,8 +10,104 @@ namespace py = pybind11;
 namespace dodoco {
 namespace {
 
-// Below this many elements, releasing the interpreter lock costs more than it gives.
+// Below this many elements, releasing the interpreter lock costs more than it
+// gives.
 constexpr std::int64_t kReleaseGilAbove = 16384;
+
+enum Form { kIds, kMap, kBits };
+
+// What torch told us at import: see use_torch().
+struct Torch {
+  const dlpack::ExchangeApi* api;
+  PyObject* tensor_type;
+  PyObject* graph_task_id;  // callables without arguments
+  PyObject* dispatch_stack_length;
+  PyObject* general[3];  // Python bodies of the ops, which know about every kind
+                         // of tensor
+} g_torch{};
+
+// Calls a function without arguments that returns an int. -1 with a Python
+// error set on failure.
+long call_for_integer(PyObject* function) {
+  PyObject* result = PyObject_CallNoArgs(function);
+  if (result == nullptr) return -1;
+  const long value = PyLong_AsLong(result);
+  Py_DECREF(result);
+  return value;
+}
+
+// True: described. False: not a tensor in this machine's memory; no error is
+// set.
+bool describe(PyObject* object, dlpack::Tensor* tensor) {
+  if (g_torch.api->describe(object, tensor) == 0) return tensor->device_type == dlpack::kCpu;
+  PyErr_Clear();
+  return false;
+}
+
+template <typename Tensor>
+RecordResult record(const void* site, const Tensor& tensor, std::int64_t elements,
+                    bool recomputed) {
+  if (elements <= kReleaseGilAbove) return record_at_site(site, tensor, recomputed);
+  PyThreadState* state = PyEval_SaveThread();
+  const RecordResult result = record_at_site(site, tensor, recomputed);
+  PyEval_RestoreThread(state);
+  return result;
+}
+
+bool record_ids(const dlpack::Tensor& t, const void* site, bool recomputed) {
+  if (t.type_code != dlpack::kInt || t.type_bits < 16) return false;
+  const IdType type = t.type_bits == 64   ? IdType::kInt64
+                      : t.type_bits == 32 ? IdType::kInt32
+                                          : IdType::kInt16;
+  const IdTensor ids{t.data, type, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
+  return static_cast<int>(record(site, ids, ids.rows * ids.k, recomputed)) >= 0;
+}
+
+bool record_map(const dlpack::Tensor& t, const void* site, bool packed, bool recomputed) {
+  const bool is_byte = t.type_code == dlpack::kUnsigned && t.type_bits == 8;
+  if (!is_byte && (packed || t.type_code != dlpack::kBool)) return false;
+  const MapTensor map{static_cast<const std::uint8_t*>(t.data),
+                      packed,
+                      t.shape[0],
+                      t.shape[1],
+                      t.strides[0],
+                      t.strides[1]};
+  return static_cast<int>(record(site, map, map.rows * map.columns, recomputed)) >= 0;
+}
+
+// Records what needs no conversion. False: it is for the general body, which
+// also reports faults.
+template <Form form>
+bool record_plain(PyObject* object, PyObject* site_object) {
+  dlpack::Tensor tensor, site;
+  if (!describe(object, &tensor) || tensor.ndim != 2 || !describe(site_object, &site)) return false;
+  const bool recomputed = call_for_integer(g_torch.graph_task_id) != -1;
+  if constexpr (form == kIds) return record_ids(tensor, site.data, recomputed);
+  return record_map(tensor, site.data, form == kBits, recomputed);
+}
+
+// route_*(tensor, site) -> None: the body of an op.
+template <Form form>
+PyObject* route(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count == 2 && record_plain<form>(args[0], args[1])) Py_RETURN_NONE;
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  return PyObject_Vectorcall(g_torch.general[form], args, static_cast<std::size_t>(count), nullptr);
+}
+
+// direct_*(tensor, site) -> recorded: past the dispatcher, where nothing
+// listens to it. Not for subclasses (fake, distributed) or under a dispatch
+// mode: they must see an op.
+template <Form form>
+PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "2 arguments expected, %zd given", count);
+  if (reinterpret_cast<PyObject*>(Py_TYPE(args[0])) != g_torch.tensor_type) Py_RETURN_FALSE;
+  if (call_for_integer(g_torch.dispatch_stack_length) == 0 &&
+      record_plain<form>(args[0], args[1])) {
+    Py_RETURN_TRUE;
+  }
+  if (PyErr_Occurred() != nullptr) return nullptr;
+  Py_RETURN_FALSE;
+}
 
 bool to_integers(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, std::int64_t* out) {
   if (count != expected) {
@@ -23,44 +121,58 @@ bool to_integers(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, s
   return true;
 }
 
-template <typename Tensor>
-PyObject* record(std::int64_t site, const Tensor& tensor, std::int64_t elements, bool recomputed) {
-  const void* address = reinterpret_cast<const void*>(site);
-  RecordResult result;
-  if (elements > kReleaseGilAbove) {
-    PyThreadState* state = PyEval_SaveThread();
-    result = record_at_site(address, tensor, recomputed);
-    PyEval_RestoreThread(state);
-  } else {
-    result = record_at_site(address, tensor, recomputed);
-  }
-  return PyLong_FromLong(static_cast<long>(result));
-}
-
-// route_ids(site, data, bytes_per_id, rows, k, row_stride, slot_stride, recomputed) -> result
+// route_ids(site, data, bytes_per_id, rows, k, row_stride, slot_stride,
+// recomputed) -> result
 PyObject* route_ids(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::int64_t a[8];
   if (!to_integers(args, count, 8, a)) return nullptr;
   const IdType type = a[2] == 8 ? IdType::kInt64 : a[2] == 4 ? IdType::kInt32 : IdType::kInt16;
   const IdTensor ids{reinterpret_cast<const void*>(a[1]), type, a[3], a[4], a[5], a[6]};
-  return record(a[0], ids, a[3] * a[4], a[7] != 0);
+  const void* site = reinterpret_cast<const void*>(a[0]);
+  return PyLong_FromLong(static_cast<long>(record(site, ids, a[3] * a[4], a[7] != 0)));
 }
 
-// route_map(site, data, packed, rows, columns, row_stride, column_stride, recomputed) -> result
+// route_map(site, data, packed, rows, columns, row_stride, column_stride,
+// recomputed) -> result
 PyObject* route_map(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::int64_t a[8];
   if (!to_integers(args, count, 8, a)) return nullptr;
   const MapTensor map{
       reinterpret_cast<const std::uint8_t*>(a[1]), a[2] != 0, a[3], a[4], a[5], a[6]};
-  return record(a[0], map, a[3] * a[4], a[7] != 0);
+  const void* site = reinterpret_cast<const void*>(a[0]);
+  return PyLong_FromLong(static_cast<long>(record(site, map, a[3] * a[4], a[7] != 0)));
+}
+
+// use_torch(exchange_api, tensor_type, graph_task_id, dispatch_stack_length,
+//           general_ids, general_map, general_bits) -> whether the bodies below
+//           can be used
+PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments expected, %zd given", count);
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  if (api == nullptr) return nullptr;
+  while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
+  if (api == nullptr || api->describe == nullptr) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for the life of the process
+  g_torch = {api, args[1], args[2], args[3], {args[4], args[5], args[6]}};
+  Py_RETURN_TRUE;
+}
+
+template <PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)>
+PyCFunction fast() {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
 PyMethodDef kOps[] = {
-    {"route_ids", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(route_ids)),
-     METH_FASTCALL, "Records expert ids; returns 0 (recorded), 1 (ignored) or a negative fault."},
-    {"route_map", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(route_map)),
-     METH_FASTCALL,
-     "Records a routing map; returns 0 (recorded), 1 (ignored) or a negative fault."},
+    {"route_ids", fast<route_ids>(), METH_FASTCALL, "Records expert ids."},
+    {"route_map", fast<route_map>(), METH_FASTCALL, "Records a routing map."},
+    {"use_torch", fast<use_torch>(), METH_FASTCALL, "Says how to read and judge tensors."},
+    {"op_ids", fast<route<kIds>>(), METH_FASTCALL, "Body of dodoco::route_ids."},
+    {"op_map", fast<route<kMap>>(), METH_FASTCALL, "Body of dodoco::route_map."},
+    {"op_bits", fast<route<kBits>>(), METH_FASTCALL, "Body of dodoco::route_bits."},
+    {"direct_ids", fast<direct<kIds>>(), METH_FASTCALL, "The same without torch's dispatcher."},
+    {"direct_map", fast<direct<kMap>>(), METH_FASTCALL, "The same without torch's dispatcher."},
+    {"direct_bits", fast<direct<kBits>>(), METH_FASTCALL, "The same without torch's dispatcher."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -10,15 +10,12 @@
 namespace dodoco {
 
 inline std::uint32_t size_class(std::uint64_t tokens) {
-  std::uint32_t c = 0;
-  while (tokens > 1 && c + 1 < kSizeClasses) {
-    tokens >>= 1;
-    ++c;
-  }
-  return c;
+  const std::uint32_t log2 = 63 - static_cast<std::uint32_t>(__builtin_clzll(tokens | 1));
+  return log2 < kSizeClasses ? log2 : kSizeClasses - 1;
 }
 
-// Both bins come from integer comparisons, so that every backend picks the same one.
+// Both bins come from integer comparisons, so that every backend picks the same
+// one.
 inline std::uint32_t gini_bin(const PassStatistics& s, std::uint64_t num_experts) {
   // At most 2^16 experts times 2^32 assignments times 32 bins: fits.
   const std::uint64_t bin = s.gini_numerator * kGiniBins / (num_experts * s.assignments);
@@ -40,15 +37,18 @@ class BoardWriter {
   BoardWriter(std::uint64_t* block, std::uint64_t num_experts)
       : block_(block), num_experts_(num_experts) {}
 
-  // Publishes one counted pass. Caller: the block's only writer. `counts`: [num_experts].
-  // `recorded` adds it to the histograms too. Assignments come last: until then the counts do not
-  // sum to them, and a reader knows the block is in flight.
+  // Publishes one counted pass. Caller: the block's only writer. `counts`:
+  // [num_experts]. `recorded` adds it to the histograms too. Assignments come
+  // last: until then the counts do not sum to them, and a reader knows the
+  // block is in flight.
   void add_pass(const PassTotals& totals, const std::uint32_t* counts, const PassStatistics& stats,
                 bool recorded, std::uint64_t now_ns) {
     std::uint64_t* expert_counts = block_ + kBoardWords;
-    for (std::uint64_t e = 0; e < num_experts_; ++e) {
-      if (counts[e] != 0) add_to_own_word(expert_counts + e, counts[e]);
-    }
+    // All of them: a branch on each count would be mispredicted more often than
+    // it saves a store.
+    const std::uint64_t num_experts = num_experts_;  // the stores below could alias the member
+#pragma GCC unroll 8
+    for (std::uint64_t e = 0; e < num_experts; ++e) add_to_own_word(expert_counts + e, counts[e]);
     if (recorded) {
       add_to_own_word(block_ + kRecordedPasses, 1);
       if (stats.assignments != 0) {
@@ -76,8 +76,9 @@ class BoardWriter {
   std::uint64_t num_experts_ = 0;
 };
 
-// Copies a block that may be moving to `words` [board_block_words(num_experts)]. Thread-safe; never
-// blocks. True: the copy is one the writer published (counts sum to assignments, nothing moved).
+// Copies a block that may be moving to `words`
+// [board_block_words(num_experts)]. Thread-safe; never blocks. True: the copy
+// is one the writer published (counts sum to assignments, nothing moved).
 inline bool read_block(const std::uint64_t* block, std::uint64_t num_experts,
                        std::uint64_t* words) {
   constexpr int kAttempts = 100;

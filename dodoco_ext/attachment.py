@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import _C, ops
 from dodoco_ext.errors import InputError, NothingToObserve
@@ -25,7 +26,11 @@ log = logging.getLogger("dodoco")
 
 _SITE = "_dodoco_site"
 _probes: set[Callable[..., None]] = set()
-_OPS = {"ids": ops.route_ids, "map": ops.route_map, "bits": ops.route_bits}
+_OPS = {
+    "ids": (ops.direct_ids, ops.route_ids),
+    "map": (ops.direct_map, ops.route_map),
+    "bits": (ops.direct_bits, ops.route_bits),
+}
 
 
 @cache
@@ -35,11 +40,13 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
     It serves as a forward hook and, without an output, as a forward pre-hook. It returns None: a
     hook that returned something would replace the router's input or output.
     """
-    record = _OPS[form]
+    direct, record = _OPS[form]
 
     def probe(module: torch.nn.Module, args: Any, output: Any = None) -> None:
         try:
-            record(extract(module, args, output), module._dodoco_site)
+            decision = extract(module, args, output)
+            if is_dynamo_compiling() or not direct(decision, module._dodoco_site):
+                record(decision, module._dodoco_site)
         except Exception as error:  # telemetry never takes down its host
             site = getattr(module, _SITE, None)
             if site is None:

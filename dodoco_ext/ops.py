@@ -173,11 +173,22 @@ def _extraction_failed(site: torch.Tensor) -> None:
     report_fault(site, _C.Fault.INTERNAL, "reading the router's choice failed while compiling")
 
 
+# Reading a tensor's address and shape through DLPack's C interface (torch 2.10 and later) takes a
+# fraction of what the same look-ups take in Python; without it the Python bodies serve alone.
+_reads_tensors = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and _C.use_torch(
+    torch.Tensor.__dlpack_c_exchange_api__,
+    torch.Tensor,
+    _in_backward,
+    torch._C._len_torch_dispatch_stack,
+    _route_ids,
+    _route_map,
+    _route_bits,
+)
 _library = torch.library.Library("dodoco", "DEF")
 for _name, _argument, _implementation in (
-    ("route_ids", "ids", _route_ids),
-    ("route_map", "routing_map", _route_map),
-    ("route_bits", "routing_map", _route_bits),
+    ("route_ids", "ids", _C.op_ids if _reads_tensors else _route_ids),
+    ("route_map", "routing_map", _C.op_map if _reads_tensors else _route_map),
+    ("route_bits", "routing_map", _C.op_bits if _reads_tensors else _route_bits),
 ):
     _library.define(f"{_name}(Tensor {_argument}, Tensor(a!) site) -> ()")
     _library.impl(_name, _implementation, "CPU")
@@ -195,3 +206,14 @@ route_ids = torch.ops.dodoco.route_ids.default
 route_map = torch.ops.dodoco.route_map.default
 route_bits = torch.ops.dodoco.route_bits.default
 extraction_failed = torch.ops.dodoco.extraction_failed.default
+
+
+def _not_direct(tensor: object, site: object) -> bool:
+    return False
+
+
+# direct_*(tensor, site) -> bool: records without torch's dispatcher, which costs more than recording
+# (most of all when caches are cold). False where the op must be called instead.
+direct_ids = _C.direct_ids if _reads_tensors else _not_direct
+direct_map = _C.direct_map if _reads_tensors else _not_direct
+direct_bits = _C.direct_bits if _reads_tensors else _not_direct
