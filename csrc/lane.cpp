@@ -52,6 +52,8 @@ RecordResult Lane::record_pass(std::uint64_t layer_index, bool recomputed, Count
   if (static_cast<std::int64_t>(layer_index) <= last_layer_) ++iteration_;
   last_layer_ = static_cast<std::int64_t>(layer_index);
   if (control_.enabled == 0) return RecordResult::kIgnored;
+  layer.board.prefetch();
+  ring_.prefetch();
 
   PassTotals totals;
   const RecordResult counted = count_pass(layer, control_.num_valid, &totals);

@@ -69,8 +69,10 @@ std::uint8_t* map_apart(const std::string& path, int lock_fd, std::uint64_t byte
   struct stat locked, opened;
   const bool same = ::fstat(lock_fd, &locked) == 0 && ::fstat(fd, &opened) == 0 &&
                     locked.st_dev == opened.st_dev && locked.st_ino == opened.st_ino;
+  // Populated: tmpfs clears reserved pages at the first touch, which would be on the hot path.
   void* mapped =
-      same ? ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0) : MAP_FAILED;
+      same ? ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0)
+           : MAP_FAILED;
   const int error = same ? errno : EBUSY;
   ::close(fd);
   if (mapped == MAP_FAILED) fail(error, "cannot map " + path);

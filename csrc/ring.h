@@ -33,6 +33,14 @@ class RingWriter {
     store_word(&header_->head, head + 1);
   }
 
+  // Asks for the slot that push() will write next.
+  void prefetch() const {
+    const std::uint64_t* slot =
+        slots_ + (load_word(&header_->head) & (num_slots_ - 1)) * kSlotWords;
+    __builtin_prefetch(slot, 1);
+    __builtin_prefetch(slot + 8, 1);
+  }
+
  private:
   RingHeader* header_ = nullptr;
   std::uint64_t* slots_ = nullptr;
