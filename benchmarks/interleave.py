@@ -1,8 +1,8 @@
 """Interleaved timing: contestants take turns, and every statement is about neighbouring blocks.
 
 Each round runs them all in a random order: a drift of the machine hits all alike, and none has a
-place of its own. Time is CPU time. On a quiet machine with one thread it is also wall time; on a shared one it leaves out the time
-that other processes took.
+place of its own. Time is CPU time. On a quiet machine with one thread it is also wall time; on a
+shared one it leaves out the time that other processes took.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Router:
         torch.nn.init.normal_(self.module.weight)
         self.hidden = torch.randn(NUM_TOKENS, HIDDEN)
         self.attachment = dodoco.attach(block)
-        self._probes = dict(self.module._forward_hooks)
+        self._probe = self.module.__dict__["forward"]
         self._totals = torch.zeros(NUM_EXPERTS, dtype=torch.int64)
         self._host_totals = torch.zeros(NUM_EXPERTS, dtype=torch.int64)
 
@@ -51,6 +51,7 @@ class Router:
     def _hook(self, *hooks: Callable[..., None]) -> None:
         self.module._forward_hooks.clear()
         self.module._forward_hooks.update(enumerate(hooks))
+        self.module.__dict__.pop("forward", None)
 
     def bare(self) -> None:
         self._hook()
@@ -59,11 +60,13 @@ class Router:
         self._hook(lambda module, args, output: None)
 
     def disabled(self) -> None:
-        self._hook(*self._probes.values())
+        self._hook()
+        self.module.__dict__["forward"] = self._probe
         self.attachment.enabled = False
 
     def recording(self) -> None:
-        self._hook(*self._probes.values())
+        self._hook()
+        self.module.__dict__["forward"] = self._probe
         self.attachment.enabled = True
 
     def one_hot_sum(self) -> None:

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import dodoco_ext as dodoco
+from dodoco_ext.attachment import _make_hook
+from dodoco_ext.integrations.transformers import find_routers
 from dodoco_ext.observatory import tiny
 
 from .figures import TOLERANCE, Figures, in_us, with_interval
@@ -35,23 +37,24 @@ class Model:
             tiny._transformers_config(config, config.vocab_size)
         ).eval()
         self.vocab_size = config.vocab_size
+        self._routers = find_routers(self.model).routers
         self.attachment = dodoco.attach(self.model)
-        hooked = [module for module in self.model.modules() if module._forward_hooks]
-        assert len(hooked) == config.num_layers
-        self._probes = [(module._forward_hooks, dict(module._forward_hooks)) for module in hooked]
+        routers = [m for m in self.model.modules() if "_dodoco_site" in m.__dict__]
+        assert len(routers) == config.num_layers
+        self._probes = [(module.__dict__, module.__dict__["forward"]) for module in routers]
 
     def bare(self) -> None:
-        for hooks, _ in self._probes:
-            hooks.clear()
+        for attributes, _ in self._probes:
+            attributes.pop("forward", None)
 
     def disabled(self) -> None:
-        for hooks, probes in self._probes:
-            hooks.update(probes)
+        for attributes, probe in self._probes:
+            attributes["forward"] = probe
         self.attachment.enabled = False
 
     def recording(self) -> None:
-        for hooks, probes in self._probes:
-            hooks.update(probes)
+        for attributes, probe in self._probes:
+            attributes["forward"] = probe
         self.attachment.enabled = True
 
     def time_probes(self, run: Callable[[], object], num_passes: int) -> Summary:
@@ -66,14 +69,18 @@ class Model:
 
             return hook
 
-        self.recording()
-        for hooks, probes in self._probes:
-            hooks.update({key: timed(probe) for key, probe in probes.items()})
+        self.bare()
+        self.attachment.enabled = True
+        handles = [
+            router.module.register_forward_hook(timed(_make_hook(router.extract, router.form)))
+            for router in self._routers
+        ]
         run()
         seconds.clear()
         for _ in range(num_passes):
             run()
-        self.bare()
+        for handle in handles:
+            handle.remove()
         return Summary.of(np.array(seconds))
 
     def tokens(self, batch: int, length: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ log = logging.getLogger("dodoco")
 
 _SITE = "_dodoco_site"
 _probes: set[Callable[..., None]] = set()
+_forwards: set[Callable[..., Any]] = set()
 _OPS = {
     "ids": (ops.direct_ids, ops.route_ids),
     "map": (ops.direct_map, ops.route_map),
@@ -58,6 +59,26 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
 
     _probes.add(probe)
     return probe
+
+
+@cache
+def _make_forward(probe: Callable[..., None]) -> Callable[..., Any]:
+    """A `forward` that ends with the probe; shared by the layers of a kind, as the probe is.
+
+    Half the price of a hook, which makes torch leave its fast path for calling modules.
+    """
+
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = type(self).forward(self, *args, **kwargs)
+        probe(self, args, output)
+        return output
+
+    _forwards.add(forward)
+    return forward
+
+
+def _is_our_forward(module: torch.nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__func__", None) in _forwards
 
 
 class Attachment:
@@ -94,10 +115,14 @@ class Attachment:
         release = weakref.finalize(module, ops.release_site, site.data_ptr())
         release.atexit = False
         self._releases.append(release)
-        hook = _make_hook(router.extract, router.form)
-        pre = router.hook == "forward_pre"
-        register = module.register_forward_pre_hook if pre else module.register_forward_hook
-        self._handles.append(register(hook))
+        probe = _make_hook(router.extract, router.form)
+        if router.hook == "forward_pre":
+            self._handles.append(module.register_forward_pre_hook(probe))
+        elif "forward" in module.__dict__ or module._forward_hooks:
+            # Somebody else has a say in what the router returns: observe what is left at the end.
+            self._handles.append(module.register_forward_hook(probe))
+        else:
+            module.__dict__["forward"] = MethodType(_make_forward(probe), module)
 
     @property
     def reader(self) -> Reader:
@@ -169,6 +194,8 @@ class Attachment:
             handle.remove()
         for module in self._modules:
             del module.__dict__[_SITE]
+            if _is_our_forward(module):
+                del module.__dict__["forward"]
         for release in self._releases:
             release()
         self._handles.clear()
@@ -211,13 +238,14 @@ def attach(
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"attach() takes a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if ops.is_bound(module.__dict__.get(_SITE)):
+            raise InputError(f"{name or 'the model'} is already attached to: detach() that first")
+        _remove_copied_probe(module)
     found = find_routers(model)
     uncovered = [Uncovered(part.name, part.reason) for part in found.uncovered]
     routers = []
     for router in found.routers:
-        if ops.is_bound(router.module.__dict__.get(_SITE)):
-            raise InputError(f"{router.name} is already attached to: detach() that first")
-        _remove_copied_probe(router.module)
         device = _device_of(router.module)
         if device in ("cpu", "meta"):
             routers.append(router)
@@ -238,7 +266,10 @@ def attach(
 
 def _remove_copied_probe(module: torch.nn.Module) -> None:
     """A copy of an attached model carries the original's site and hook along; both go."""
-    module.__dict__.pop(_SITE, None)
+    if module.__dict__.pop(_SITE, None) is None:
+        return
+    if _is_our_forward(module):
+        del module.__dict__["forward"]
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if hook in _probes]:
             del hooks[key]
