@@ -125,7 +125,7 @@ def model(recordings: object) -> Iterator[Model]:
 
 @pytest.mark.parametrize(
     ("phase", "batch", "num_blocks"),
-    [("decode", 8, 2500), ("decode", 32, 1200), ("prefill", 8, 240)],
+    [("decode", 8, 700), ("decode", 32, 350), ("prefill", 8, 240)],
 )
 def test_recording_slows_the_model_by_less_than_one_per_cent(
     figures: Figures, model: Model, phase: str, batch: int, num_blocks: int
@@ -155,7 +155,8 @@ def test_recording_slows_the_model_by_less_than_one_per_cent(
     timings = interleave(
         {way: Contestant(run, prepare(switch)) for way, switch in ways.items()},
         num_blocks=figures.blocks(num_blocks),
-        calls=dict.fromkeys(ways, 1),
+        # Several steps on end, as a serving model takes them; prefill is long enough by itself.
+        calls=dict.fromkeys(ways, 4 if rewind is not None else 1),
     )
     name = f"{phase}, batch {batch}"
     cost = {way: figures.add(f"model/{name}/{way}", timings.time(way)) for way in ways}

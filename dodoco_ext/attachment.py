@@ -49,32 +49,43 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
             if is_dynamo_compiling() or not direct(decision, module._dodoco_site):
                 record(decision, module._dodoco_site)
         except Exception as error:  # telemetry never takes down its host
-            site = getattr(module, _SITE, None)
-            if site is None:
-                return  # detached by another thread while this one was in the router
-            if torch.compiler.is_compiling():
-                ops.extraction_failed(site)
-            else:
-                ops.report_fault(site, _C.Fault.INTERNAL, repr(error))
+            _probe_failed(module, error)
 
     _probes.add(probe)
     return probe
 
 
 @cache
-def _make_forward(probe: Callable[..., None]) -> Callable[..., Any]:
-    """A `forward` that ends with the probe; shared by the layers of a kind, as the probe is.
+def _make_forward(extract: Callable[..., torch.Tensor], form: str) -> Callable[..., Any]:
+    """A `forward` that ends with the probe; shared by the layers of a kind, as the hook is.
 
-    Half the price of a hook, which makes torch leave its fast path for calling modules.
+    Half the price of a hook, which makes torch leave its fast path for calling modules. The probe's
+    lines stand here again because calling it would be a third of what is left.
     """
+    direct, record = _OPS[form]
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = type(self).forward(self, *args, **kwargs)
-        probe(self, args, output)
+        try:
+            decision = extract(self, args, output)
+            if is_dynamo_compiling() or not direct(decision, self._dodoco_site):
+                record(decision, self._dodoco_site)
+        except Exception as error:  # telemetry never takes down its host
+            _probe_failed(self, error)
         return output
 
     _forwards.add(forward)
     return forward
+
+
+def _probe_failed(module: torch.nn.Module, error: Exception) -> None:
+    site = getattr(module, _SITE, None)
+    if site is None:
+        return  # detached by another thread while this one was in the router
+    if torch.compiler.is_compiling():
+        ops.extraction_failed(site)
+    else:
+        ops.report_fault(site, _C.Fault.INTERNAL, repr(error))
 
 
 def _is_our_forward(module: torch.nn.Module) -> bool:
@@ -122,7 +133,8 @@ class Attachment:
             # Somebody else has a say in what the router returns: observe what is left at the end.
             self._handles.append(module.register_forward_hook(probe))
         else:
-            module.__dict__["forward"] = MethodType(_make_forward(probe), module)
+            forward = _make_forward(router.extract, router.form)
+            module.__dict__["forward"] = MethodType(forward, module)
 
     @property
     def reader(self) -> Reader:
