@@ -226,7 +226,7 @@ bit-identical, and every hook and attribute is restored; other tests of that fil
 when the model raises. A family that cannot be built small is listed as *not built*, with the
 reason.
 
-How a router's choice is obtained: `forward` is a hook on the router that reads its output,
+How a router's choice is obtained: `forward` is a probe at the router's `forward` that reads its output,
 `forward_pre` one on the module that is handed the ids (the experts, or Doge's embedding of them).
 `experts` is the number of classes that the router chooses among.
 
