@@ -173,12 +173,12 @@ inline PassStatistics pass_statistics(const std::uint32_t* counts, std::uint32_t
     std::memset(scratch, 0, (std::size_t{s.max_count} + 1) * 4 * sizeof(std::uint32_t));
     std::uint32_t e = 0;
     for (; e + 4 <= num_experts; e += 4) {
-      ++scratch[counts[e] * 4];
-      ++scratch[counts[e + 1] * 4 + 1];
-      ++scratch[counts[e + 2] * 4 + 2];
-      ++scratch[counts[e + 3] * 4 + 3];
+      ++scratch[std::size_t{counts[e]} * 4];
+      ++scratch[std::size_t{counts[e + 1]} * 4 + 1];
+      ++scratch[std::size_t{counts[e + 2]} * 4 + 2];
+      ++scratch[std::size_t{counts[e + 3]} * 4 + 3];
     }
-    for (; e < num_experts; ++e) ++scratch[counts[e] * 4];
+    for (; e < num_experts; ++e) ++scratch[std::size_t{counts[e]} * 4];
     std::uint64_t at_most = 0;
     for (std::uint32_t v = 0; v < s.max_count; ++v) {
       const std::uint32_t* bins = scratch + std::size_t{v} * 4;

@@ -23,7 +23,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"DODOCO_DIR": "/tmp/x"}, Settings(directory=Path("/tmp/x"))),
+        ({"DODOCO_DIR": "/some/where"}, Settings(directory=Path("/some/where"))),
         ({"DODOCO_MAX_BYTES": "65536"}, Settings(max_bytes=65536)),
         ({"DODOCO_RECORD_EVERY": "10"}, Settings(record_every=10)),
         ({"DODOCO_RUN": "job-7_b"}, Settings(run="job-7_b")),
