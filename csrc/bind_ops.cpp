@@ -159,7 +159,7 @@ PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 template <PyObject* (*f)(PyObject*, PyObject* const*, Py_ssize_t)>
-PyCFunction fast() {
+PyCFunction fast() noexcept {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
 }
 
