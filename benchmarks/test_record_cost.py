@@ -84,7 +84,7 @@ class Routing:
 
     def close(self) -> None:
         self.recorder.close()
-        ops.release_site(self.site)
+        ops.release_site(self.site.data_ptr())
 
 
 @pytest.fixture
