@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _recordings_of_wider_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fixtures of a module or a session are made before a test's own folder is set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DODOCO_DIR", str(tmp_path_factory.mktemp("recordings")))
+        yield
 
 
 @pytest.fixture(autouse=True)
