@@ -5,7 +5,6 @@ pytest-benchmark prints each way by itself; what is claimed comes from interleav
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 import dodoco_ext as dodoco
 
-from .figures import Figures, in_us
+from .figures import TOLERANCE, Figures, in_us
 from .interleave import Contestant, interleave
 
 NUM_TOKENS, NUM_EXPERTS, TOP_K, HIDDEN = 32, 128, 8, 256
@@ -126,5 +125,4 @@ def test_a_probe_adds_little_to_a_router(figures: Figures, router: Router) -> No
         table.rows.append((way.replace("_", " "), *quantiles, interval))
         figures.add(f"router/{way} over bare", over)
     over = timings.difference("recording", "bare")
-    # Microseconds depend on the machine: CI stores this figure, `make bench` judges it.
-    figures.judge("router/recording over bare", over, LIMIT_S, math.inf)
+    figures.judge("router/recording over bare", over, LIMIT_S, LIMIT_S * (1 + TOLERANCE))

@@ -22,8 +22,8 @@ struct Torch {
   PyObject* tensor_type;
   PyObject* graph_task_id;  // callables without arguments
   PyObject* dispatch_stack_length;
-  PyObject* general[3];  // Python bodies of the ops, which know about every kind
-                         // of tensor
+  PyObject* general[3];  // Python bodies of the ops, which know about every kind of tensor
+  PyObject* fault;       // (result, tensor, site): reports what record_at_site() refused
 } g_torch{};
 
 // Calls a function without arguments that returns an int. -1 with a Python
@@ -54,59 +54,79 @@ RecordResult record(const void* site, const Tensor& tensor, std::int64_t element
   return result;
 }
 
-bool record_ids(const dlpack::Tensor& t, const void* site, bool recomputed) {
-  if (t.type_code != dlpack::kInt || t.type_bits < 16) return false;
+// What became of a tensor on the native path.
+enum class Outcome { kDone, kNotPlain, kError };  // kError: a Python error is set
+
+// Not run again in Python when refused: the pass has been seen, and a second look would count it as
+// another iteration.
+Outcome settle(RecordResult result, PyObject* object, PyObject* site) {
+  if (static_cast<int>(result) >= 0) return Outcome::kDone;
+  PyObject* reported =
+      PyObject_CallFunction(g_torch.fault, "iOO", static_cast<int>(result), object, site);
+  if (reported == nullptr) return Outcome::kError;
+  Py_DECREF(reported);
+  return Outcome::kDone;
+}
+
+bool is_ids(const dlpack::Tensor& t) { return t.type_code == dlpack::kInt && t.type_bits >= 16; }
+
+bool is_map(const dlpack::Tensor& t, bool packed) {
+  const bool is_byte = t.type_code == dlpack::kUnsigned && t.type_bits == 8;
+  return is_byte || (!packed && t.type_code == dlpack::kBool);
+}
+
+RecordResult record_ids(const dlpack::Tensor& t, const void* site, bool recomputed) {
   const IdType type = t.type_bits == 64   ? IdType::kInt64
                       : t.type_bits == 32 ? IdType::kInt32
                                           : IdType::kInt16;
-  const IdTensor ids{t.data, type, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
-  return static_cast<int>(record(site, ids, ids.rows * ids.k, recomputed)) >= 0;
+  const IdTensor ids{t.address(), type, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
+  return record(site, ids, ids.rows * ids.k, recomputed);
 }
 
-bool record_map(const dlpack::Tensor& t, const void* site, bool packed, bool recomputed) {
-  const bool is_byte = t.type_code == dlpack::kUnsigned && t.type_bits == 8;
-  if (!is_byte && (packed || t.type_code != dlpack::kBool)) return false;
-  const MapTensor map{static_cast<const std::uint8_t*>(t.data),
-                      packed,
-                      t.shape[0],
-                      t.shape[1],
-                      t.strides[0],
-                      t.strides[1]};
-  return static_cast<int>(record(site, map, map.rows * map.columns, recomputed)) >= 0;
+RecordResult record_map(const dlpack::Tensor& t, const void* site, bool packed, bool recomputed) {
+  const MapTensor map{t.address(), packed, t.shape[0], t.shape[1], t.strides[0], t.strides[1]};
+  return record(site, map, map.rows * map.columns, recomputed);
 }
 
-// Records what needs no conversion. False: it is for the general body, which
-// also reports faults.
+// Records what needs no conversion; the rest is for the general body.
 template <Form form>
-bool record_plain(PyObject* object, PyObject* site_object) {
+Outcome record_plain(PyObject* object, PyObject* site_object) {
   dlpack::Tensor tensor, site;
-  if (!describe(object, &tensor) || tensor.ndim != 2 || !describe(site_object, &site)) return false;
+  if (!describe(object, &tensor) || tensor.ndim != 2 || tensor.strides == nullptr ||
+      !(form == kIds ? is_ids(tensor) : is_map(tensor, form == kBits)) ||
+      !describe(site_object, &site)) {
+    return Outcome::kNotPlain;
+  }
   const bool recomputed = call_for_integer(g_torch.graph_task_id) != -1;
-  if constexpr (form == kIds) return record_ids(tensor, site.data, recomputed);
-  return record_map(tensor, site.data, form == kBits, recomputed);
+  const RecordResult result = form == kIds
+                                  ? record_ids(tensor, site.address(), recomputed)
+                                  : record_map(tensor, site.address(), form == kBits, recomputed);
+  return settle(result, object, site_object);
 }
 
 // route_*(tensor, site) -> None: the body of an op.
 template <Form form>
 PyObject* route(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count == 2 && record_plain<form>(args[0], args[1])) Py_RETURN_NONE;
-  if (PyErr_Occurred() != nullptr) return nullptr;
+  if (count == 2) {
+    const Outcome outcome = record_plain<form>(args[0], args[1]);
+    if (outcome == Outcome::kError) return nullptr;
+    if (outcome == Outcome::kDone) Py_RETURN_NONE;
+  }
   return PyObject_Vectorcall(g_torch.general[form], args, static_cast<std::size_t>(count), nullptr);
 }
 
-// direct_*(tensor, site) -> recorded: past the dispatcher, where nothing
-// listens to it. Not for subclasses (fake, distributed) or under a dispatch
-// mode: they must see an op.
+// direct_*(tensor, site) -> recorded: past the dispatcher, where nothing listens to it. Not for
+// subclasses (fake, distributed) or under a dispatch mode: they must see an op.
 template <Form form>
 PyObject* direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) return PyErr_Format(PyExc_TypeError, "2 arguments expected, %zd given", count);
-  if (reinterpret_cast<PyObject*>(Py_TYPE(args[0])) != g_torch.tensor_type) Py_RETURN_FALSE;
-  if (call_for_integer(g_torch.dispatch_stack_length) == 0 &&
-      record_plain<form>(args[0], args[1])) {
-    Py_RETURN_TRUE;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(args[0])) != g_torch.tensor_type ||
+      call_for_integer(g_torch.dispatch_stack_length) != 0) {
+    Py_RETURN_FALSE;
   }
-  if (PyErr_Occurred() != nullptr) return nullptr;
-  Py_RETURN_FALSE;
+  const Outcome outcome = record_plain<form>(args[0], args[1]);
+  if (outcome == Outcome::kError) return nullptr;
+  return PyBool_FromLong(outcome == Outcome::kDone);
 }
 
 bool to_integers(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, std::int64_t* out) {
@@ -144,17 +164,17 @@ PyObject* route_map(PyObject*, PyObject* const* args, Py_ssize_t count) {
 }
 
 // use_torch(exchange_api, tensor_type, graph_task_id, dispatch_stack_length,
-//           general_ids, general_map, general_bits) -> whether the bodies below
-//           can be used
+//           general_ids, general_map, general_bits, fault)
+// -> whether the bodies below can be used; if not, the general ones serve alone
 PyObject* use_torch(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 7) return PyErr_Format(PyExc_TypeError, "7 arguments expected, %zd given", count);
+  if (count != 8) return PyErr_Format(PyExc_TypeError, "8 arguments expected, %zd given", count);
   const auto* api =
       static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
-  if (api == nullptr) return nullptr;
+  if (api == nullptr) PyErr_Clear();  // another kind of capsule: a later DLPack
   while (api != nullptr && api->major_version != dlpack::kMajorVersion) api = api->previous;
   if (api == nullptr || api->describe == nullptr) Py_RETURN_FALSE;
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);  // for the life of the process
-  g_torch = {api, args[1], args[2], args[3], {args[4], args[5], args[6]}};
+  g_torch = {api, args[1], args[2], args[3], {args[4], args[5], args[6]}, args[7]};
   Py_RETURN_TRUE;
 }
 

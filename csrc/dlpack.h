@@ -20,6 +20,8 @@ struct Tensor {
   std::int64_t* shape;
   std::int64_t* strides;  // in elements
   std::uint64_t byte_offset;
+
+  std::uint8_t* address() const { return static_cast<std::uint8_t*>(data) + byte_offset; }
 };
 static_assert(sizeof(Tensor) == 48);
 

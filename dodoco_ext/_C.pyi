@@ -85,6 +85,7 @@ def use_torch(
     general_ids: Body,
     general_map: Body,
     general_bits: Body,
+    fault: Callable[[int, Any, Any], None],
     /,
 ) -> bool: ...
 def op_ids(ids: Any, site: Any, /) -> None: ...

@@ -97,7 +97,7 @@ class Attachment:
 
     Attributes:
         path: The recording's file.
-        layers: The observed layers, in execution order.
+        layers: The observed layers, in the order in which the model registers them.
         uncovered: Parts of the model that route and are not observed, with the reason.
     """
 
@@ -126,12 +126,13 @@ class Attachment:
         release = weakref.finalize(module, ops.release_site, site.data_ptr())
         release.atexit = False
         self._releases.append(release)
-        probe = _make_hook(router.extract, router.form)
         if router.hook == "forward_pre":
-            self._handles.append(module.register_forward_pre_hook(probe))
+            hook = _make_hook(router.extract, router.form)
+            self._handles.append(module.register_forward_pre_hook(hook))
         elif "forward" in module.__dict__ or module._forward_hooks:
             # Somebody else has a say in what the router returns: observe what is left at the end.
-            self._handles.append(module.register_forward_hook(probe))
+            hook = _make_hook(router.extract, router.form)
+            self._handles.append(module.register_forward_hook(hook))
         else:
             forward = _make_forward(router.extract, router.form)
             module.__dict__["forward"] = MethodType(forward, module)
@@ -205,7 +206,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
-            del module.__dict__[_SITE]
+            module.__dict__.pop(_SITE, None)
             if _is_our_forward(module):
                 del module.__dict__["forward"]
         for release in self._releases:
@@ -255,7 +256,7 @@ def attach(
             raise InputError(f"{name or 'the model'} is already attached to: detach() that first")
         _remove_copied_probe(module)
     found = find_routers(model)
-    uncovered = [Uncovered(part.name, part.reason) for part in found.uncovered]
+    uncovered = list(found.uncovered)
     routers = []
     for router in found.routers:
         device = _device_of(router.module)

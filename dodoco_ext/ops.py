@@ -82,10 +82,11 @@ def report_fault(site: torch.Tensor, fault: _C.Fault, detail: str) -> None:
         site[0] = 0
 
 
-def _check(result: int, site: torch.Tensor, what: str) -> None:
-    if result >= 0:
-        return
-    detail = f"{what} cannot be recorded; this probe is now off"
+def _refused(result: int, tensor: torch.Tensor, site: torch.Tensor) -> None:
+    """Reports what C++ would not record: a negative result."""
+    detail = (
+        f"{tensor.dtype} of shape {list(tensor.shape)} cannot be recorded; this probe is now off"
+    )
     if result == -1:
         detail = (
             "a copy of the site arrived, so nothing was recorded: either the model was copied "
@@ -119,7 +120,7 @@ def _route_ids(ids: torch.Tensor, site: torch.Tensor) -> None:
         _in_backward() != -1,
     )
     if result < 0:
-        _check(result, site, f"expert ids of shape {list(ids.shape)}")
+        _refused(result, ids, site)
 
 
 def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) -> None:
@@ -146,7 +147,7 @@ def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) ->
         _in_backward() != -1,
     )
     if result < 0:
-        _check(result, site, f"routing map of shape {list(routing_map.shape)}")
+        _refused(result, routing_map, site)
 
 
 def _route_map(routing_map: torch.Tensor, site: torch.Tensor) -> None:
@@ -183,6 +184,7 @@ _reads_tensors = hasattr(torch.Tensor, "__dlpack_c_exchange_api__") and _C.use_t
     _route_ids,
     _route_map,
     _route_bits,
+    _refused,
 )
 _library = torch.library.Library("dodoco", "DEF")
 for _name, _argument, _implementation in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,6 @@ import platform
 import re
 import secrets
 import shutil
-import stat
 import sys
 import time
 import weakref
@@ -19,11 +19,11 @@ from pathlib import Path
 
 from dodoco_ext import _C, __version__
 from dodoco_ext.errors import InputError, RecordingError
-from dodoco_ext.settings import Settings
+from dodoco_ext.folders import distrust
+from dodoco_ext.settings import SUFFIX, Settings
 
 log = logging.getLogger("dodoco")
 
-SUFFIX = ".dodoco"
 KEPT_PER_RANK = 2
 _NAME = re.compile(r"[A-Za-z0-9_-]+\.r(\d+)\.[0-9a-f]+" + re.escape(SUFFIX))
 # A file that another process has created and not yet locked looks dead for an instant.
@@ -57,7 +57,8 @@ class Recorder:
     """Owns one recording: the mapped file, its lanes, and the sites bound to it.
 
     Args:
-        layers: The observed layers, in the order in which they execute.
+        layers: The observed layers, in execution order: the next iteration starts where a pass
+            does not come after the last one in it.
         uncovered: What is not observed; written into the recording, so that readers can say so.
         labels: Text to find the recording by, such as `{"model_name": ...}`.
         settings: Where and how to record; the environment's by default.
@@ -177,24 +178,14 @@ def prepare_directory(directory: Path, *, shared: bool) -> None:
     Raises:
         RecordingError: The folder is a link, belongs to somebody else, or others may write to it.
     """
-    try:
-        directory.mkdir(parents=shared, mode=0o700)
-        if shared:
-            directory.chmod(0o2750)
-    except FileExistsError:
-        pass  # the usual case; what is there is checked below
-    info = directory.lstat()
-    if shared:
-        info = directory.stat()
-    if not stat.S_ISDIR(info.st_mode):
-        raise RecordingError(f"{directory} is not a folder: remove it or set DODOCO_DIR")
-    if shared:
-        return
-    if info.st_uid != os.getuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        raise RecordingError(
-            f"{directory} belongs to uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):o}, "
-            f"not to uid {os.getuid()} alone: remove it or set DODOCO_DIR"
-        )
+    if not os.path.lexists(directory):
+        # Two processes that start together: whoever comes second finds it made, and checks it.
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(parents=shared, mode=0o700)
+            if shared:
+                directory.chmod(0o2750)
+    if problem := distrust(directory, shared=shared):
+        raise RecordingError(problem)
 
 
 def prune(directory: Path, *, rank: int) -> list[Path]:

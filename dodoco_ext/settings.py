@@ -12,6 +12,9 @@ from pathlib import Path
 from dodoco_ext.errors import InputError
 
 SHARED_MEMORY = Path("/dev/shm")
+SUFFIX = ".dodoco"
+"""Ending of a recording's file name."""
+
 TABLE: tuple[tuple[str, str, str], ...] = (
     ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
     ("DODOCO_MAX_BYTES", "8388608", "largest recording of one rank, in bytes"),

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.recording import Reader
-from dodoco_ext.settings import Settings
-
-SUFFIX = ".dodoco"
+from dodoco_ext.settings import SUFFIX, Settings
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _recordings_of_wider_fixtures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fixtures of a module or a session are made before a test's own folder is set."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DODOCO_DIR", str(tmp_path_factory.mktemp("recordings")))
+        # Programs that tests start import the installed package, not the checkout they start in.
+        patch.setenv("PYTHONSAFEPATH", "1")
         yield
 
 

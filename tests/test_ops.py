@@ -18,7 +18,13 @@ from dodoco_ext.recording import LayerSnapshot, Reader
 from dodoco_ext.settings import Settings
 
 ID_ROWS, MAP_ROWS = cases.id_rows(), cases.map_rows()
-Op = Callable[[torch.Tensor, torch.Tensor], None]
+Op = Callable[[torch.Tensor, torch.Tensor], object]
+
+# The three ways to one count: the registered op, eager mode's way past the dispatcher, and the bodies
+# in Python that serve other kinds of tensor, and a torch without DLPack's C interface.
+IDS: dict[str, Op] = {"op": ops.route_ids, "direct": ops.direct_ids, "python": ops._route_ids}
+MAPS: dict[str, Op] = {"op": ops.route_map, "direct": ops.direct_map, "python": ops._route_map}
+BITS: dict[str, Op] = {"op": ops.route_bits, "direct": ops.direct_bits, "python": ops._route_bits}
 
 
 class Bench:
@@ -81,23 +87,28 @@ def test_every_pair_of_values_is_tried(
 @pytest.mark.parametrize("row", ID_ROWS, ids=cases.name_of)
 def test_ids_are_counted_exactly(row: Row, bench: Callable[..., Bench]) -> None:
     ids, num_valid = cases.make_ids(row)
-    b = bench(row["E"], row["k"])
-    b.recorder.lane.num_valid = -1 if num_valid is None else num_valid
-    ops.route_ids(torch.from_numpy(ids), b.site)
-    b.check(reference.route_ids(ids, row["E"], num_valid))
-    layer = b.layer
-    assert layer.assignments + layer.padded + layer.invalid == row["T"] * row["k"]
+    expected = reference.route_ids(ids, row["E"], num_valid)
+    for way, count in IDS.items():
+        b = bench(row["E"], row["k"])
+        b.recorder.lane.num_valid = -1 if num_valid is None else num_valid
+        counted = count(torch.from_numpy(ids), b.site)
+        assert counted is (True if way == "direct" else None)
+        b.check(expected)
+        layer = b.layer
+        assert layer.assignments + layer.padded + layer.invalid == row["T"] * row["k"]
 
 
 @pytest.mark.parametrize("row", MAP_ROWS, ids=cases.name_of)
 def test_maps_are_counted_exactly(row: Row, bench: Callable[..., Bench]) -> None:
     routing_map, num_valid = cases.make_map(row)
     packed = row["form"] == "bits"
-    b = bench(row["E"], row["k"])
-    b.recorder.lane.num_valid = -1 if num_valid is None else num_valid
-    op: Op = ops.route_bits if packed else ops.route_map
-    op(torch.from_numpy(routing_map), b.site)
-    b.check(reference.route_map(routing_map, row["E"], row["k"], num_valid, packed=packed))
+    expected = reference.route_map(routing_map, row["E"], row["k"], num_valid, packed=packed)
+    for way, count in (BITS if packed else MAPS).items():
+        b = bench(row["E"], row["k"])
+        b.recorder.lane.num_valid = -1 if num_valid is None else num_valid
+        counted = count(torch.from_numpy(routing_map), b.site)
+        assert counted is (True if way == "direct" else None)
+        b.check(expected)
 
 
 @pytest.mark.parametrize("wrong", [60, (1 << 32) + 3, (1 << 32), -2, -(1 << 63), (1 << 63) - 1])
@@ -196,6 +207,35 @@ def test_a_fault_of_one_layer_leaves_the_others_alone(bench: Callable[..., Bench
     ops.route_ids(torch.tensor([[1]]), sound.site)
     assert (broken.layer.passes, sound.layer.passes) == (0, 1)
     assert (broken.faults[0], sound.faults[0]) == (1, 0)
+
+
+@pytest.mark.parametrize("way", IDS)
+def test_a_refused_pass_is_one_pass(way: str, recordings: object) -> None:
+    recorder = Recorder([LayerSpec("sound", 4, 1), LayerSpec("broken", 4, 1)])
+    sites = [ops.make_site(recorder, layer) for layer in range(2)]
+    IDS[way](torch.tensor([[1]]), sites[0])
+    IDS[way](torch.zeros(1, 5, dtype=torch.int64), sites[1])
+    IDS[way](torch.tensor([[1]]), sites[0])
+    reader = Reader(recorder.path)
+    assert reader.records()["iteration"].tolist() == [0, 1]
+    assert reader.header["num_faults"] == 1
+    for site in sites:
+        ops.release_site(site.data_ptr())
+
+
+def test_what_must_see_an_op_is_not_recorded_past_the_dispatcher(
+    bench: Callable[..., Bench],
+) -> None:
+    b = bench(4)
+    ids = torch.tensor([[1]])
+    assert ops.direct_ids(ids.as_subclass(type("Other", (torch.Tensor,), {})), b.site) is False
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert ops.direct_ids(ids, b.site) is False
+    assert ops.direct_ids(ids.view(1, 1, 1), b.site) is False
+    assert ops.direct_ids(ids.float(), b.site) is False
+    assert b.layer.passes == 0
+    assert ops.direct_ids(ids, b.site) is True
+    assert b.layer.passes == 1
 
 
 def test_each_recording_logs_its_own_faults(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from dodoco_ext.recorder import Uncovered
+
 from .transformers_extract import (
     Extract,
     Form,
@@ -70,14 +72,6 @@ class Router:
     form: Form
     num_experts: int
     top_k: int
-
-
-@dataclass(frozen=True, slots=True)
-class Uncovered:
-    """A part of the model that looks like a MoE block and cannot be observed, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)

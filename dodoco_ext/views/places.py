@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dodoco_ext import _C
+from dodoco_ext.folders import distrust
 
 # Layers tried, largest first: a recording of a large model, and the smallest sensible one.
 _MODELS = (((128, 8),) * 32, ((8, 2),))
@@ -61,12 +62,11 @@ def examine(folder: Path, *, shared: bool, max_bytes: int) -> Place:
 
 
 def _look(folder: Path, nearest: Path, *, shared: bool) -> tuple[str, str]:
-    """How a folder is, and what is wrong with it; the rules of `recorder.prepare_directory`."""
-    choose = "remove it, or set DODOCO_DIR to a folder of your own"
+    """How a folder is, and what is wrong with it."""
     if nearest != folder:
         state = f"not there yet; will be created with mode {'2750' if shared else '700'}"
         if os.path.lexists(folder):
-            return "a broken link", f"{folder} is a broken link: {choose}"
+            return "a broken link", f"{folder} is a broken link: remove it or set DODOCO_DIR"
         if not nearest.is_dir():
             return state, f"{nearest} is not a folder: set DODOCO_DIR to another place"
         if not shared and nearest != folder.parent:
@@ -77,10 +77,8 @@ def _look(folder: Path, nearest: Path, *, shared: bool) -> tuple[str, str]:
     info = folder.stat() if shared else folder.lstat()
     mode = stat.S_IMODE(info.st_mode)
     state = f"exists, mode {mode:o}, uid {info.st_uid}"
-    if not stat.S_ISDIR(info.st_mode):
-        return "not a folder", f"{folder} is not a folder: {choose}"
-    if not shared and (info.st_uid != os.getuid() or mode & 0o077):
-        return state, f"{folder} is not private to uid {os.getuid()}: {choose}"
+    if problem := distrust(folder, shared=shared):
+        return state if folder.is_dir() else "not a folder", problem
     if not os.access(folder, os.W_OK | os.X_OK):
         return state, f"{folder} is not writable by uid {os.getuid()}: give it write access"
     return state, ""
