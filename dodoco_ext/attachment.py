@@ -35,8 +35,8 @@ _OPS = {
 
 
 @cache
-def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[..., None]:
-    """One hook function per kind of router, shared by its layers, so that compilers see one code.
+def _make_probe(extract: Callable[..., torch.Tensor], form: str) -> Callable[..., None]:
+    """One function per kind of router, shared by its layers, so that compilers see one code.
 
     It serves as a forward hook and, without an output, as a forward pre-hook. It returns None: a
     hook that returned something would replace the router's input or output.
@@ -56,22 +56,15 @@ def _make_hook(extract: Callable[..., torch.Tensor], form: str) -> Callable[...,
 
 
 @cache
-def _make_forward(extract: Callable[..., torch.Tensor], form: str) -> Callable[..., Any]:
-    """A `forward` that ends with the probe; shared by the layers of a kind, as the hook is.
+def _make_forward(probe: Callable[..., None]) -> Callable[..., Any]:
+    """A `forward` that ends with the probe; shared by the layers of a kind, as the probe is.
 
-    Half the price of a hook, which makes torch leave its fast path for calling modules. The probe's
-    lines stand here again because calling it would be a third of what is left.
+    A hook would do the same for more: it makes torch leave its fast path for calling modules.
     """
-    direct, record = _OPS[form]
 
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = type(self).forward(self, *args, **kwargs)
-        try:
-            decision = extract(self, args, output)
-            if is_dynamo_compiling() or not direct(decision, self._dodoco_site):
-                record(decision, self._dodoco_site)
-        except Exception as error:  # telemetry never takes down its host
-            _probe_failed(self, error)
+        probe(self, args, output)
         return output
 
     _forwards.add(forward)
@@ -126,16 +119,14 @@ class Attachment:
         release = weakref.finalize(module, ops.release_site, site.data_ptr())
         release.atexit = False
         self._releases.append(release)
+        probe = _make_probe(router.extract, router.form)
         if router.hook == "forward_pre":
-            hook = _make_hook(router.extract, router.form)
-            self._handles.append(module.register_forward_pre_hook(hook))
+            self._handles.append(module.register_forward_pre_hook(probe))
         elif "forward" in module.__dict__ or module._forward_hooks:
             # Somebody else has a say in what the router returns: observe what is left at the end.
-            hook = _make_hook(router.extract, router.form)
-            self._handles.append(module.register_forward_hook(hook))
+            self._handles.append(module.register_forward_hook(probe))
         else:
-            forward = _make_forward(router.extract, router.form)
-            module.__dict__["forward"] = MethodType(forward, module)
+            module.__dict__["forward"] = MethodType(_make_forward(probe), module)
 
     @property
     def reader(self) -> Reader:

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 import dodoco_ext as dodoco
 from dodoco_ext import _C
-from dodoco_ext.attachment import Attachment, _make_hook
+from dodoco_ext.attachment import Attachment, _make_probe
 from toy import Refusal, ToyModel, assert_recorded, some_tokens
 
 LAYERS = 12
@@ -238,7 +238,7 @@ def test_an_extractor_that_raises_does_not_break_a_compiled_model(fullgraph: boo
     bare = model(TOKENS)
     with dodoco.attach(model) as a:
         hooks = model.layers[0].experts._forward_pre_hooks
-        hooks[next(iter(hooks))] = _make_hook(broken, "ids")
+        hooks[next(iter(hooks))] = _make_probe(broken, "ids")
         run: Any = torch.compile(model, fullgraph=fullgraph, backend="eager")
         for _ in range(2):
             assert torch.equal(run(TOKENS), bare)

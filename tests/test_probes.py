@@ -11,7 +11,7 @@ import torch
 
 import dodoco_ext as dodoco
 from dodoco_ext import _C
-from dodoco_ext.attachment import _make_hook
+from dodoco_ext.attachment import _make_probe
 from dodoco_ext.errors import NothingToObserve
 from toy import Refusal, ToyModel, assert_recorded, some_tokens
 
@@ -91,7 +91,7 @@ def test_an_extractor_that_raises_does_not_break_the_model(
     bare = model(TOKENS)
     with dodoco.attach(model) as a, caplog.at_level(logging.ERROR, "dodoco"):
         hooks = model.layers[0].experts._forward_pre_hooks
-        hooks[next(iter(hooks))] = _make_hook(broken, "ids")
+        hooks[next(iter(hooks))] = _make_probe(broken, "ids")
         for _ in range(2):
             assert torch.equal(model(TOKENS), bare)
         assert [layer.passes for layer in a.snapshot().layers] == [0, 2]
