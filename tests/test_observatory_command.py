@@ -114,6 +114,19 @@ def test_missing_file_and_empty_text(folder: Path, tmp_path: Path) -> None:
     assert "holds no text" in fails(InputError, *common, "--data", str(empty))
 
 
+@pytest.mark.parametrize("kind", ["", "shuffled:", "mock-unigram:"])
+def test_files_are_looked_at_before_the_model_is_loaded(
+    kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(source: str) -> None:
+        raise AssertionError(f"{source} was loaded before the data was looked at")
+
+    monkeypatch.setattr("dodoco_ext.observatory.models.load_model", load)
+    missing = f"{kind}{tmp_path / 'missing.txt'}"
+    message = fails(InputError, "--model", str(folder), "--out", str(tmp_path), "--data", missing)
+    assert "no such data" in message
+
+
 def test_vocabulary_mismatch(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

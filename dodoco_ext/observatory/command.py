@@ -156,8 +156,11 @@ def _run_model(
     model: str, data: tuple[str, ...], shape: Shape, seed: int, console: Console, progress: Progress
 ) -> tuple[Result, Path]:
     from dodoco_ext.observatory import observe as observing
+    from dodoco_ext.observatory.data import check_file
     from dodoco_ext.observatory.models import load_model
 
+    for source in data:
+        check_file(source)
     if console.is_terminal:
         console.print(f"loading {model} ...", highlight=False)
     loaded = load_model(model)

@@ -72,6 +72,17 @@ def load_data(source: str) -> Text:
     return Text(path.name, _checked(source, [text]), "text of a file")
 
 
+def check_file(source: str) -> None:
+    """Reads a file that SOURCE names, to find what is wrong with it before a model is loaded.
+
+    Raises:
+        InputError: As `load_data()`. Sources that are no file are left for later.
+    """
+    text = source.removeprefix("shuffled:").removeprefix("mock-unigram:")
+    if text and not text.startswith(("mock-", "builtin:", "hf:")):
+        load_data(text)
+
+
 def _builtin(source: str, name: str) -> Text:
     if name not in BUILTIN_NAMES:
         raise InputError(
