@@ -28,6 +28,14 @@ __all__ = ["Attachment", "LayerSnapshot", "Reader", "Snapshot", "__version__", "
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":  # asked for before Python looks for the submodule
+        try:
+            return import_module("dodoco_ext._C")
+        except ModuleNotFoundError:
+            raise ImportError(
+                f"no compiled module in {__path__[0]}: if that is a checkout of the sources, run "
+                "from another folder; else install dodoco-ext again"
+            ) from None
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]

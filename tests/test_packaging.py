@@ -156,3 +156,18 @@ def test_every_dependency_is_pinned() -> None:
     required += [requirement for extra in extras for requirement in extra]
     names = {re.match(r"[\w.-]+", name)[0].lower().replace("_", "-") for name in required}  # type: ignore[index]
     assert names - pinned == set()
+
+
+def test_the_source_folder_says_that_it_is_not_the_package(tmp_path: Path) -> None:
+    copied = tmp_path / "dodoco_ext"
+    shutil.copytree(ROOT / "dodoco_ext", copied, ignore=shutil.ignore_patterns("*.so"))
+    program = "import dodoco_ext; dodoco_ext.open"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "run from another folder" in done.stderr
