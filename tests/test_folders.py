@@ -150,7 +150,7 @@ def test_a_private_folder_that_is_not_ours_alone_is_not_used(
     assert each.path.parent == tmp_path / "tmp" / private.name
     assert str(private) in caplog.text
     each.close()
-    with pytest.raises(RecordingError, match="remove it or set DODOCO_DIR"):
+    with pytest.raises(RecordingError, match="remove it, or set DODOCO_DIR"):
         recorder.prepare_directory(private, shared=False)
 
 

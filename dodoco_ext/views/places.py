@@ -66,7 +66,7 @@ def _look(folder: Path, nearest: Path, *, shared: bool) -> tuple[str, str]:
     if nearest != folder:
         state = f"not there yet; will be created with mode {'2750' if shared else '700'}"
         if os.path.lexists(folder):
-            return "a broken link", f"{folder} is a broken link: remove it or set DODOCO_DIR"
+            return "a broken link", f"{folder} is a broken link: remove it, or set DODOCO_DIR"
         if not nearest.is_dir():
             return state, f"{nearest} is not a folder: set DODOCO_DIR to another place"
         if not shared and nearest != folder.parent:
