@@ -11,6 +11,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.8.0
 CXX ?= g++
+PYTHONS ?= python3.12 python3.13
 BENCH_RESULTS ?= results/benchmarks.json
 
 # Tests and tools see the installed package, never the source folders of the checkout's root.
@@ -20,7 +21,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test engines mutants lint sanitize bench-record wheel
+CHECKS := demo test engines mutants lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -28,12 +29,12 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo test check list-checks engines mutants bench bench-record sanitize wheel clean \
+.PHONY: help demo test check list-checks engines mutants bench bench-record sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), TORCH='$(TORCH)' and TRITON='$(TRITON)' (any pip requirement), CXX=$(CXX)"
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), TORCH='$(TORCH)' and TRITON='$(TRITON)' (any pip requirement), CXX=$(CXX), PYTHONS='$(PYTHONS)'"
 
 demo: $(STAMPS)/package ## train a small MoE on real text, record its routing, write results/demo/
 	$(BIN)/dodoco observe --preset demo --out results/demo
@@ -80,37 +81,107 @@ bench: $(STAMPS)/package $(STAMPS)/dev ## benchmarks; fails beyond the limits
 bench-record: $(STAMPS)/package $(STAMPS)/dev ## benchmarks as CI runs them: records, tolerates noise
 	$(BIN)/pytest --benchmark --benchmark-results $(BENCH_RESULTS) benchmarks
 
-# Stress programs of tests/cpp, linked with every file of csrc that is free of Python.
-STRESS := $(patsubst tests/cpp/%.cpp,%,$(wildcard tests/cpp/*_stress.cpp))
+# C++ programs of tests/cpp, linked with every file of csrc that is free of Python.
 CORE := $(shell grep -L pybind11 $(filter-out csrc/module.cpp csrc/bind_%,$(wildcard csrc/*.cpp)) /dev/null | grep -v /dev/null)
-SANITIZED := $(foreach program,$(STRESS),build/sanitize/$(program).address build/sanitize/$(program).thread)
-SANITIZE_FLAGS := -std=c++17 -O1 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -pthread -Icsrc \
+SANITIZED := build/sanitize/recording_stress.address build/sanitize/recording_damage.address build/sanitize/recording_stress.thread
+RACE := build/sanitize/recording_race.plain
+RACE_SECONDS ?= 10
+CPP_TEST_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -pthread \
   -DDODOCO_HAS_CUDA=0 -DDODOCO_CUDA_ARCHS='""' -DDODOCO_VERSION='"sanitize"'
+# What tests/cpp/one_mapping.h stands in for.
+ONE_MAPPING := -Wl,--wrap=mmap,--wrap=munmap,--wrap=pread
 
+build/sanitize/%.plain: tests/cpp/%.cpp $(CPP_FILES)
+	@mkdir -p $(@D)
+	$(CXX) $(CPP_TEST_FLAGS) -O2 -Icsrc $< $(CORE) -ldl -o $@
+
+build/sanitize/recording_stress.%: LINK := $(ONE_MAPPING)
 build/sanitize/%.address: tests/cpp/%.cpp $(CPP_FILES)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE_FLAGS) -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -ldl -o $@
+	$(CXX) $(CPP_TEST_FLAGS) -O1 -Icsrc -fsanitize=address,undefined -fno-sanitize-recover=all $< $(CORE) -ldl $(LINK) -o $@
 
 build/sanitize/%.thread: tests/cpp/%.cpp $(CPP_FILES)
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE_FLAGS) -fsanitize=thread $< $(CORE) -ldl -o $@
+	$(CXX) $(CPP_TEST_FLAGS) -O1 -Icsrc -fsanitize=thread $< $(CORE) -ldl $(LINK) -o $@
+
+# The race that ThreadSanitizer must report: words.h with a plain store, or with a plain load.
+RACY := build/sanitize/plain-store/recording_stress build/sanitize/plain-load/recording_stress
+build/sanitize/plain-store/%: MUTATION := s/__atomic_store_n(word, value, __ATOMIC_RELAXED)/*word = value/
+build/sanitize/plain-load/%: MUTATION := s/__atomic_load_n(word, __ATOMIC_RELAXED)/*word/
+$(RACY): tests/cpp/recording_stress.cpp $(CPP_FILES)
+	@rm -rf $(@D) && mkdir -p $(@D) && cp -r csrc $(@D)/csrc
+	sed -i '$(MUTATION)' $(@D)/csrc/words.h
+	@! cmp -s csrc/words.h $(@D)/csrc/words.h || { echo "$@: words.h has changed: adapt MUTATION"; exit 1; }
+	$(CXX) $(CPP_TEST_FLAGS) -O1 -I$(@D)/csrc -fsanitize=thread $< $(addprefix $(@D)/,$(CORE)) -ldl $(ONE_MAPPING) -o $@
 
 # ThreadSanitizer of older compilers refuses the widest address randomisation: setarch turns it off.
-sanitize: $(SANITIZED) ## C++ stress programs under address, undefined-behaviour and thread sanitizers
-	@test -n "$(SANITIZED)" || { echo "sanitize: tests/cpp holds no *_stress.cpp"; exit 1; }
+sanitize: $(SANITIZED) $(RACE) $(RACY) ## C++ races and damage under address, undefined-behaviour and thread sanitizers
 	@launch="setarch -R"; $$launch true 2>/dev/null || launch=""; \
-	for program in $(SANITIZED); do echo "$$program"; TSAN_OPTIONS=halt_on_error=1 $$launch $$program; done
+	folder=$$(mktemp -d /dev/shm/dodoco-sanitize.XXXXXX 2>/dev/null || mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	export TSAN_OPTIONS=halt_on_error=1; \
+	for program in $(SANITIZED); do echo "$$program"; $$launch $$program "$$folder"; done; \
+	for program in $(RACY); do \
+	  timeout 120 $$launch $$program "$$folder" > $$program.log 2>&1 || true; \
+	  grep 'SUMMARY: ThreadSanitizer: data race' $$program.log || { echo "$$program: no race reported: see $$program.log"; exit 1; }; \
+	done; \
+	for race in "2 $(RACE_SECONDS)" "8 $(RACE_SECONDS)" "2 $(RACE_SECONDS) wrap"; do $(RACE) "$$folder" $$race; done
+
+FUZZ_SECONDS ?= 60
+CLANGXX ?= clang++
+FUZZ_SEEDS := $(wildcard tests/golden/v* tests/cpp/corpus)
+
+build/fuzz/recording_fuzz: tests/cpp/recording_fuzz.cpp $(CPP_FILES)
+	@mkdir -p $(@D)
+	@echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' \
+	  | $(CLANGXX) -fsanitize=fuzzer,address -x c++ - -o /dev/null 2> $(@D)/probe.log \
+	  || { echo "fuzz: $(CLANGXX) with libFuzzer is missing (Debian 12: apt-get install clang libclang-rt-14-dev)"; exit 1; }
+	$(CLANGXX) $(CPP_TEST_FLAGS) -O1 -Icsrc -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< $(CORE) -ldl -o $@
+
+fuzz: build/fuzz/recording_fuzz ## libFuzzer on the reader for FUZZ_SECONDS=60; what fails lies in build/fuzz
+	@mkdir -p build/fuzz/corpus
+	@folder=$$(mktemp -d /dev/shm/dodoco-fuzz.XXXXXX 2>/dev/null || mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	TMPDIR="$$folder" build/fuzz/recording_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=131072 -timeout=10 -rss_limit_mb=1024 \
+	  -artifact_prefix=build/fuzz/ -print_final_stats=1 build/fuzz/corpus $(FUZZ_SEEDS) > build/fuzz/log 2>&1 \
+	  || { tail -n 60 build/fuzz/log; exit 1; }
+	@grep -E '^(Done|stat::(average|slowest|peak))' build/fuzz/log
 
 wheel: $(STAMPS)/dev ## sdist, wheel built from it (manylinux), and a trial in an empty environment
-	rm -rf dist build/wheel-env
+	rm -rf dist build/wheel-env && mkdir -p build
 	$(BIN)/pyproject-build --no-isolation --outdir dist . > build/wheel.log 2>&1 || { cat build/wheel.log; exit 1; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	$(BIN)/python -m venv build/wheel-env
 	build/wheel-env/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt dist/*.whl
-	cd / && "$(CURDIR)/build/wheel-env/bin/dodoco" --help > /dev/null
-	cd / && "$(CURDIR)/build/wheel-env/bin/python" -c "import dodoco_ext._C as c; print('wheel works:', c.__name__)"
+	mkdir build/wheel-env/elsewhere
+	cd build/wheel-env/elsewhere && ../bin/python "$(CURDIR)/tests/wheel_trial.py"
 	@ls -l dist
+
+# Two at a time, each from a copy of the sources: what these tests time is CPU time.
+# An interpreter is looked for among pyenv's versions too: its commands work for global ones only.
+define TRY_PYTHON
+exec > "build/pythons/$$(basename "$$1").log" 2>&1
+python=$$(command -v "$$1" || true)
+if ! "$$python" -c "" 2> /dev/null; then
+  python=$$(compgen -G "$${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$$1" | sort -V | tail -n 1 || true)
+fi
+test -n "$$python" || { echo "make: no command $$1: install it (Debian, Ubuntu: $$1-venv and $$1-dev; pyenv install $${1#python}), or choose others, as in make pythons PYTHONS=python3.13" >&2; exit 1; }
+env=build/pythons/$$(basename "$$1")
+echo "$$("$$python" --version): wheel and tests of the reading side in $$env, without torch"
+rm -rf "$$env" && "$$python" -m venv "$$env"
+mkdir "$$env/source" && cp -r setup.py pyproject.toml README.md LICENSE csrc dodoco_ext triton_kernels "$$env/source"
+pip=("$$env/bin/python" -m pip --disable-pip-version-check)
+"$${pip[@]}" install -qq -c constraints.txt -r <("$$env/bin/python" -c "$$REQUIREMENTS") hypothesis pytest pytest-timeout
+"$${pip[@]}" wheel -qq --no-build-isolation --no-deps -w "$$env/wheel" "$$env/source"
+"$${pip[@]}" install -qq --no-deps "$$env"/wheel/*.whl
+"$$env/bin/python" -m pytest -q -rs -p no:cacheprovider $$("$$env/bin/python" tests/reader_side.py)
+endef
+export TRY_PYTHON
+
+pythons: ## wheels and tests of the reading side on other Pythons, each in an environment without torch
+	@mkdir -p build/pythons; failed=0; \
+	printf '%s\n' $(PYTHONS) | xargs -P 2 -I {} bash -eu -o pipefail -c "$$TRY_PYTHON" try-python {} || failed=1; \
+	for python in $(PYTHONS); do cat build/pythons/$$(basename $$python).log; done; \
+	exit $$failed
 
 clean: ## remove builds and caches; .venv and results/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMPS)/package

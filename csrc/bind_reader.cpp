@@ -1,6 +1,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <utility>
+
 #include "bindings.h"
 #include "recording_reader.h"
 
@@ -37,19 +40,36 @@ py::tuple board_of(const RecordingReader& reader, std::uint32_t lane, std::uint3
   return py::make_tuple(out, consistent);
 }
 
-// (bytes of RouteRecords, next position, lost, of unknown type)
+// (bytes of RouteRecords [uint8], next position, lost, of unknown type)
 py::tuple ring_of(const RecordingReader& reader, std::uint32_t lane, std::uint64_t position,
                   std::uint64_t limit) {
-  const RingRead read = reader.read_ring(lane, position, limit);
-  const auto* data = reinterpret_cast<const char*>(read.records.data());
-  return py::make_tuple(py::bytes(data, read.records.size() * sizeof(RouteRecord)), read.next,
-                        read.lost, read.unknown);
+  auto read = std::make_unique<RingRead>(reader.read_ring(lane, position, limit));
+  const RingRead& r = *read;
+  const auto bytes = static_cast<py::ssize_t>(r.records.size() * sizeof(RouteRecord));
+  const auto* data = reinterpret_cast<const std::uint8_t*>(r.records.data());
+  const py::capsule owner(read.release(),
+                          [](void* pointer) { delete static_cast<RingRead*>(pointer); });
+  return py::make_tuple(py::array_t<std::uint8_t>(bytes, data, owner), r.next, r.lost, r.unknown);
+}
+
+// Raised by hand, because the exception carries why the file cannot be read.
+void translate(std::exception_ptr thrown, PyObject* type) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const RecordingError& error) {
+    const py::object raised = py::reinterpret_borrow<py::object>(type)(error.what());
+    raised.attr("state") = name_of(error.problem());
+    PyErr_SetObject(type, raised.ptr());
+  }
 }
 
 }  // namespace
 
 void register_reader(py::module_& m) {
-  py::register_exception<RecordingError>(m, "RecordingError", PyExc_OSError);
+  static const py::handle error_type =
+      py::exception<RecordingError>(m, "RecordingError", PyExc_OSError).release();
+  py::register_exception_translator(
+      [](std::exception_ptr thrown) { translate(std::move(thrown), error_type.ptr()); });
   m.attr("BOARD_WORDS") = static_cast<std::uint32_t>(kBoardWords);
   m.attr("SIZE_CLASSES") = kSizeClasses;
   m.attr("GINI_BINS") = kGiniBins;

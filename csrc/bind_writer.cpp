@@ -37,6 +37,9 @@ void register_writer(py::module_& m) {
           "microbatch", [](Lane& lane) { return lane.control()->microbatch; },
           [](Lane& lane, std::uint16_t value) { lane.control()->microbatch = value; });
 
+  py::class_<LaneChoice>(m, "LaneChoice")
+      .def(py::init<const Lane*, Lane*>(), py::arg("site_lane"), py::arg("chosen"));
+
   py::class_<RecordingWriter>(m, "RecordingWriter")
       .def(py::init([](std::string path, std::string metadata,
                        const std::vector<std::pair<std::uint32_t, std::uint32_t>>& layers,
@@ -50,8 +53,9 @@ void register_writer(py::module_& m) {
              try {
                return new RecordingWriter(spec);
              } catch (const std::system_error& error) {
-               errno = error.code().value();
-               PyErr_SetFromErrnoWithFilename(PyExc_OSError, spec.path.c_str());
+               const py::object raised = py::reinterpret_borrow<py::object>(PyExc_OSError)(
+                   error.code().value(), error.what());
+               PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(raised.ptr())), raised.ptr());
                throw py::error_already_set();
              }
            }),
@@ -59,6 +63,7 @@ void register_writer(py::module_& m) {
            py::arg("num_lanes") = 1, py::arg("max_bytes") = std::uint64_t{8} << 20,
            py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1)
       .def("lane", &RecordingWriter::lane, py::return_value_policy::reference)
+      .def_property_readonly("num_lanes", &RecordingWriter::num_lanes)
       .def(
           "bind_site",
           [](RecordingWriter& writer, std::uintptr_t address, std::uint32_t lane,

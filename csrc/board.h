@@ -37,13 +37,14 @@ class BoardWriter {
   BoardWriter(std::uint64_t* block, std::uint64_t num_experts)
       : block_(block), num_experts_(num_experts) {}
 
-  // Publishes one counted pass. Caller: the block's only writer. `counts`:
-  // [num_experts]. `recorded` adds it to the histograms too. Assignments come
-  // last: until then the counts do not sum to them, and a reader knows the
-  // block is in flight.
+  // Publishes one counted pass. Caller: the block's only writer. `counts`: [num_experts].
+  // `recorded` adds it to the histograms too. Between its first store and its last the passes
+  // started and the passes differ, and a reader knows that the block is in flight.
   void add_pass(const PassTotals& totals, const std::uint32_t* counts, const PassStatistics& stats,
                 bool recorded, std::uint64_t now_ns) {
     std::uint64_t* expert_counts = block_ + kBoardWords;
+    add_to_own_word(block_ + kStartedPasses, 1);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);  // no instruction: keeps the compiler's order
     // All of them: a branch on each count would be mispredicted more often than
     // it saves a store.
     const std::uint64_t num_experts = num_experts_;  // the stores below could alias the member
@@ -65,8 +66,9 @@ class BoardWriter {
     add_to_own_word(block_ + kInvalid, totals.invalid);
     add_to_own_word(block_ + kCapacityDropped, totals.capacity_dropped);
     store_word(block_ + kLastPassMonotonicNs, now_ns);
-    add_to_own_word(block_ + kPasses, 1);
     add_to_own_word(block_ + kAssignments, totals.assignments);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    add_to_own_word(block_ + kPasses, 1);
   }
 
   // Asks for what add_pass() will touch and a model's layers have evicted since the last pass.
@@ -82,23 +84,38 @@ class BoardWriter {
   std::uint64_t num_experts_ = 0;
 };
 
-// Copies a block that may be moving to `words`
-// [board_block_words(num_experts)]. Thread-safe; never blocks. True: the copy
-// is one the writer published (counts sum to assignments, nothing moved).
-inline bool read_block(const std::uint64_t* block, std::uint64_t num_experts,
-                       std::uint64_t* words) {
-  constexpr int kAttempts = 100;
+// Reads a block that may be moving into `words` [board_block_words(num_experts)].
+// copy(first, count, to) fetches words of the block, each of them whole.
+// Thread-safe; never blocks. True: what was read is a state that the writer published. Passes read
+// before the rest and passes started read after it are then equal, so no pass lay in between; that
+// counts sum to assignments holds where stores become visible in another order, too.
+template <typename Copy>
+bool read_block(Copy copy, std::uint64_t num_experts, std::uint64_t* words) {
+  constexpr int kAttempts = 100, kAttemptsAtRest = 10;
   const std::uint64_t num_words = board_block_words(num_experts);
-  for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    for (std::uint64_t i = 0; i < num_words; ++i) words[i] = load_word(block + i);
+  std::uint64_t last_started = 0;
+  for (int attempt = 0, at_rest = 0; attempt < kAttempts && at_rest < kAttemptsAtRest; ++attempt) {
+    std::uint64_t passes, started;
+    copy(kPasses, 1, &passes);
+    copy(0, num_words, words);
+    copy(kStartedPasses, 1, &started);
     std::uint64_t sum = 0;
     for (std::uint64_t e = 0; e < num_experts; ++e) sum += words[kBoardWords + e];
-    bool still = sum == words[kAssignments];
-    for (const BoardWord word : {kPasses, kTokens, kAssignments})
-      still &= load_word(block + word) == words[word];
-    if (still) return true;
+    if (started == passes && words[kPasses] == passes && sum == words[kAssignments]) return true;
+    // A dead writer's last pass does not become whole by waiting for it.
+    at_rest = attempt > 0 && started == last_started ? at_rest + 1 : 0;
+    last_started = started;
   }
   return false;
+}
+
+// The same for a block in this process's memory.
+inline bool read_block(const std::uint64_t* block, std::uint64_t num_experts,
+                       std::uint64_t* words) {
+  const auto copy = [block](std::uint64_t first, std::uint64_t count, std::uint64_t* to) {
+    for (std::uint64_t i = 0; i < count; ++i) to[i] = load_word(block + first + i);
+  };
+  return read_block(copy, num_experts, words);
 }
 
 }  // namespace dodoco

@@ -21,6 +21,8 @@ constexpr std::uint32_t kMaxLanes = 16;
 constexpr std::uint32_t kMaxLayers = 65536;  // a ring record keeps the layer in 16 bits
 constexpr std::uint32_t kMaxExperts = 65536;
 constexpr std::uint64_t kSectionAlignment = 64;
+constexpr std::uint64_t kMaxMetadataBytes = 16u << 20;
+constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 32;
 
 enum class FileState : std::uint32_t { kCreating = 0, kLive = 1, kClosed = 2 };
 
@@ -92,7 +94,7 @@ static_assert(sizeof(LayerEntry) == 32);
 
 // --- Board: exact totals. Block of one layer in one lane, as 8-byte words. ---------------------
 enum BoardWord : std::uint32_t {
-  kPasses = 0,           // executions counted (enabled, not recomputed)
+  kPasses = 0,           // executions counted (enabled, not recomputed); stored last
   kTokens = 1,           // rows with something to route
   kAssignments = 2,      // equals the sum of the counts when the block is consistent
   kPadded = 3,           // (token, slot) pairs that were padding
@@ -101,6 +103,7 @@ enum BoardWord : std::uint32_t {
   kRecomputed = 6,       // executions during backward: seen, not counted
   kRecordedPasses = 7,   // passes that also went to the ring and the histograms
   kLastPassMonotonicNs = 8,
+  kStartedPasses = 9,  // stored first, as kPasses is stored last: equal between passes
   kBoardWords = 16,
 };
 
@@ -123,9 +126,11 @@ constexpr std::uint64_t board_block_words(std::uint64_t num_experts) {
 }
 
 // --- Ring: the latest passes. ------------------------------------------------------------------
+constexpr std::uint32_t kEpochs = 0xFFFFFFFF;  // epochs run from 1 to this; 0: never written
+
 struct RingHeader {
-  std::uint64_t
-      head;  // records ever written: slot = head % num_slots, epoch = head / num_slots + 1
+  std::uint64_t head;  // records ever written; record n: slot n % num_slots, epoch
+                       // n / num_slots % kEpochs + 1
   std::uint64_t reserved[15];
 };
 static_assert(sizeof(RingHeader) == 128);

@@ -1,6 +1,8 @@
 #include "lane.h"
 
 #include <algorithm>
+#include <iterator>
+#include <stdexcept>
 
 namespace dodoco {
 
@@ -154,6 +156,25 @@ RecordResult Lane::record(std::uint64_t layer_index, const MapTensor& map, bool 
       });
 }
 
+thread_local LaneChoice::OfThread LaneChoice::of_thread_{};
+
+LaneChoice::LaneChoice(const Lane* site_lane, Lane* chosen) {
+  static std::atomic<std::uint64_t> last_id{0};
+  OfThread& choices = of_thread_;
+  if (choices.count == std::size(choices.entries))
+    throw std::length_error("a thread may choose at most 16 lanes at a time: leave one first");
+  id_ = ++last_id;
+  choices.entries[choices.count++] = {site_lane, chosen, id_};
+}
+
+LaneChoice::~LaneChoice() {
+  // Not always the latest one: Python's context managers may end in any order.
+  OfThread& choices = of_thread_;
+  Entry* end = choices.entries + choices.count;
+  Entry* kept = std::remove_if(choices.entries, end, [&](const Entry& e) { return e.id == id_; });
+  choices.count -= static_cast<std::uint32_t>(end - kept);
+}
+
 namespace {
 
 template <typename Tensor>
@@ -162,7 +183,8 @@ RecordResult at_site(const void* address, const Tensor& tensor, bool recomputed)
   const std::uint64_t magic = load_word(&site->magic);
   if (magic != kSiteMagic) return magic == 0 ? RecordResult::kIgnored : RecordResult::kBadSite;
   if (site->self != reinterpret_cast<std::uintptr_t>(address)) return RecordResult::kCopiedSite;
-  return reinterpret_cast<Lane*>(site->lane)->record(site->layer, tensor, recomputed);
+  Lane* lane = LaneChoice::resolve(reinterpret_cast<Lane*>(site->lane));
+  return lane->record(site->layer, tensor, recomputed);
 }
 
 }  // namespace

@@ -85,6 +85,40 @@ class Lane {
   std::vector<std::uint32_t> scratch_;
 };
 
+// Sends what the thread that makes it records through `site_lane`, the lane that sites name, to
+// `chosen` for as long as it lives: threads that run one model at the same time each get a lane of
+// their own. Choices for several recordings may hold at once. One that is destroyed in another
+// thread stays with the first until that ends.
+class LaneChoice {
+ public:
+  // Throws std::length_error where a thread has too many at once.
+  LaneChoice(const Lane* site_lane, Lane* chosen);
+  ~LaneChoice();
+  LaneChoice(const LaneChoice&) = delete;
+  LaneChoice& operator=(const LaneChoice&) = delete;
+
+  // The lane that this thread's passes go to.
+  static Lane* resolve(Lane* site_lane) {
+    const OfThread& choices = of_thread_;
+    for (std::uint32_t i = choices.count; i-- > 0;)
+      if (choices.entries[i].site_lane == site_lane) return choices.entries[i].chosen;
+    return site_lane;
+  }
+
+ private:
+  struct Entry {
+    const Lane* site_lane;
+    Lane* chosen;
+    std::uint64_t id;
+  };
+  struct OfThread {  // by value: nothing in it can dangle, as lanes are never freed
+    std::uint32_t count;
+    Entry entries[16];
+  };
+  static thread_local OfThread of_thread_;
+  std::uint64_t id_;
+};
+
 // The entry points of the ops: resolve a site (the address of a Site) and record through its lane.
 RecordResult record_at_site(const void* site, const IdTensor& ids, bool recomputed);
 RecordResult record_at_site(const void* site, const MapTensor& map, bool recomputed);

@@ -2,37 +2,98 @@
 
 #include <fcntl.h>
 #include <sys/file.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 #include "board.h"
 #include "ring.h"
-#include "words.h"
 
 namespace dodoco {
 namespace {
 
-constexpr std::uint64_t kMaxMetadataBytes = 64u << 20;
+constexpr std::uint64_t kSlotsPerRead = 512;
 
 int open_read_only(const std::string& path) {
   // Non-blocking: a FIFO of that name must not hang the reader.
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
-  if (fd < 0) throw RecordingError("cannot open " + path + ": " + std::strerror(errno));
-  return fd;
+  if (fd >= 0) return fd;
+  const int error = errno;
+  const bool missing = error == ENOENT || error == ENOTDIR || error == ENAMETOOLONG;
+  if (error == ELOOP) {
+    throw RecordingError(Problem::kForeign, path + " is a link: give the file that it points to");
+  }
+  const char* advice = error == EACCES ? ": read it as its owner or as a member of its group" : "";
+  throw RecordingError(missing ? Problem::kMissing : Problem::kUnreadable,
+                       "cannot open " + path + ": " + std::strerror(error) + advice);
 }
 
 Owner lock_owner(int fd) {
-  if (::flock(fd, LOCK_SH | LOCK_NB) != 0) return Owner::kAlive;
+  // No writer creates a recording where locks are refused: any other error is a copy's.
+  if (::flock(fd, LOCK_SH | LOCK_NB) != 0) {
+    return errno == EWOULDBLOCK ? Owner::kAlive : Owner::kGone;
+  }
   ::flock(fd, LOCK_UN);
   return Owner::kGone;
 }
 
+// Words of the file as a copy: aligned as they are there, so that the kernel copies them whole.
+struct alignas(64) SlotBuffer {
+  std::uint64_t words[kSlotsPerRead * kSlotWords];
+};
+
+RouteRecord decode_route(const std::uint32_t (&v)[kSlotWords], std::uint32_t lane,
+                         std::uint64_t clock_offset_ns) {
+  const auto wide = [&](int low, int high) { return v[low] | std::uint64_t{v[high]} << 32; };
+  RouteRecord r{};
+  r.iteration = wide(kRouteIterationLow, kRouteIterationHigh);
+  r.time_ns = wide(kRouteTimeLow, kRouteTimeHigh) + clock_offset_ns;
+  r.gini_numerator = wide(kRouteGiniLow, kRouteGiniHigh);
+  r.layer = v[kRouteLayer] & 0xFFFF;
+  r.microbatch = v[kRouteLayer] >> 16;
+  r.tokens = v[kRouteTokens];
+  r.assignments = v[kRouteAssignments];
+  r.max_count = v[kRouteMaxCount];
+  r.padded = v[kRoutePadded];
+  r.invalid = v[kRouteInvalid];
+  r.capacity_dropped = v[kRouteDropped];
+  r.unused_experts = v[kRouteUnused];
+  r.map_version = v[kRouteMapVersion];
+  r.type = static_cast<std::uint8_t>(v[kRouteType]);
+  r.lane = static_cast<std::uint8_t>(lane);
+  r.direction = (v[kRouteType] & kFlagBackward) != 0;
+  r.recompute = (v[kRouteType] & kFlagRecompute) != 0;
+  return r;
+}
+
 }  // namespace
+
+const char* name_of(Problem problem) {
+  switch (problem) {
+    case Problem::kMissing:
+      return "missing";
+    case Problem::kUnreadable:
+      return "unreadable";
+    case Problem::kForeign:
+      return "foreign";
+    case Problem::kCreating:
+      return "creating";
+    case Problem::kUnfinished:
+      return "unfinished";
+    case Problem::kVersion:
+      return "version";
+    case Problem::kTruncated:
+      return "truncated";
+    case Problem::kDamaged:
+      break;
+  }
+  return "damaged";
+}
 
 Owner recording_owner(const std::string& path) {
   const int fd = open_read_only(path);
@@ -43,86 +104,115 @@ Owner recording_owner(const std::string& path) {
 
 RecordingReader::RecordingReader(const std::string& path) : path_(path), fd_(open_read_only(path)) {
   try {
-    struct stat info;
-    if (::fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) fail("is not a file");
-    bytes_ = static_cast<std::uint64_t>(info.st_size);
-    if (bytes_ < kHeaderBytes)
-      fail("is " + std::to_string(bytes_) + " bytes long, too short for a recording");
-    void* mapped = ::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, fd_, 0);
-    if (mapped == MAP_FAILED) fail(std::string("cannot be mapped: ") + std::strerror(errno));
-    base_ = static_cast<const std::uint8_t*>(mapped);
     validate();
   } catch (...) {
-    if (base_ != nullptr) ::munmap(const_cast<std::uint8_t*>(base_), bytes_);
     ::close(fd_);
     throw;
   }
 }
 
-RecordingReader::~RecordingReader() {
-  ::munmap(const_cast<std::uint8_t*>(base_), bytes_);
-  ::close(fd_);
+RecordingReader::~RecordingReader() { ::close(fd_); }
+
+void RecordingReader::fail(Problem problem, const std::string& what) const {
+  throw RecordingError(problem, path_ + " " + what);
 }
 
-void RecordingReader::fail(const std::string& what) const {
-  throw RecordingError(path_ + " " + what);
+void RecordingReader::fail_unborn() const {
+  if (owner() == Owner::kAlive) fail(Problem::kCreating, "is still being created: try again");
+  fail(Problem::kUnfinished,
+       "was never finished: its creation was interrupted, or has this instant begun");
+}
+
+void RecordingReader::copy(std::uint64_t offset, std::uint64_t bytes, void* to) const {
+  auto* next = static_cast<std::uint8_t*>(to);
+  while (bytes > 0) {
+    const ssize_t got = ::pread(fd_, next, bytes, static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      fail(Problem::kUnreadable, std::string("cannot be read: ") + std::strerror(errno));
+    }
+    if (got == 0) fail(Problem::kTruncated, "was truncated while it was open");
+    next += got;
+    offset += static_cast<std::uint64_t>(got);
+    bytes -= static_cast<std::uint64_t>(got);
+  }
 }
 
 FileHeader RecordingReader::header() const {
-  check_not_truncated();
-  FileHeader copy;
-  std::memcpy(&copy, base_, sizeof(copy));
-  return copy;
+  struct stat info;
+  if (::fstat(fd_, &info) != 0 || static_cast<std::uint64_t>(info.st_size) < bytes_)
+    fail(Problem::kTruncated, "was truncated while it was open");
+  FileHeader header;
+  copy(0, sizeof(header), &header);
+  return header;
 }
 
 // Everything is copied once and checked in the copy: what the file says later cannot lead a read
 // astray.
 void RecordingReader::validate() {
+  struct stat info;
+  if (::fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) fail(Problem::kForeign, "is not a file");
+  bytes_ = static_cast<std::uint64_t>(info.st_size);
+  std::uint64_t magic = 0;
+  copy(0, std::min<std::uint64_t>(bytes_, sizeof(magic)), &magic);
+  const std::string size = std::to_string(bytes_) + " bytes";
+  if (magic == 0) fail_unborn();
+  if (magic != kFileMagic) fail(Problem::kForeign, "is not a DODOCO recording");
+  if (bytes_ < kHeaderBytes) {
+    fail(Problem::kTruncated, "is truncated: " + size + ", too short for a header");
+  }
   const FileHeader h = header();
   const auto state = static_cast<FileState>(h.state);
-  if (h.magic != kFileMagic) {
-    fail(h.magic == 0 ? "is still being created, or its creation was interrupted"
-                      : "is not a DODOCO recording");
-  }
   if (h.format_version != kFormatVersion) {
-    fail("has format version " + std::to_string(h.format_version) + "; this reader knows version " +
-         std::to_string(kFormatVersion) + ": read it with a matching dodoco-ext");
+    fail(Problem::kVersion, "has format version " + std::to_string(h.format_version) +
+                                "; this reader knows version " + std::to_string(kFormatVersion) +
+                                ": read it with a matching dodoco-ext");
   }
-  if (state == FileState::kCreating)
-    fail("is still being created, or its creation was interrupted");
+  if (state == FileState::kCreating) fail_unborn();
   if (state != FileState::kLive && state != FileState::kClosed)
-    fail("is damaged: unknown state " + std::to_string(h.state));
-  if (h.header_bytes != kHeaderBytes || h.num_sections > kMaxSections)
-    fail("is damaged: impossible header");
+    fail(Problem::kDamaged, "is damaged: unknown state " + std::to_string(h.state));
+  if (h.header_bytes != kHeaderBytes || h.num_sections > kMaxSections ||
+      h.file_bytes > kMaxFileBytes) {
+    fail(Problem::kDamaged, "is damaged: impossible header");
+  }
   if (h.file_bytes > bytes_) {
-    fail("is truncated: " + std::to_string(bytes_) + " of " + std::to_string(h.file_bytes) +
-         " bytes");
+    fail(Problem::kTruncated,
+         "is truncated: " + size + " of " + std::to_string(h.file_bytes) + " are left");
   }
   if (h.num_lanes < 1 || h.num_lanes > kMaxLanes || h.num_layers < 1 || h.num_layers > kMaxLayers) {
-    fail("is damaged: impossible number of lanes or layers");
+    fail(Problem::kDamaged, "is damaged: impossible number of lanes or layers");
   }
+  bytes_ = h.file_bytes;  // what lies behind is not ours
+  find_sections(h);
+  clock_offset_ns_ = h.created_unix_ns - h.created_monotonic_ns;
+}
+
+void RecordingReader::find_sections(const FileHeader& h) {
   boards_.assign(h.num_lanes, 0);
   rings_.assign(h.num_lanes, Ring{0, 0});
   std::vector<std::uint64_t> board_bytes(h.num_lanes, 0);
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> taken;  // begin and end of each section
   const Section* layer_table = nullptr;
   for (std::uint32_t i = 0; i < h.num_sections; ++i) {
     const Section& s = h.sections[i];
     if (s.offset % kSectionAlignment != 0 || s.offset < kHeaderBytes || s.offset > bytes_ ||
         s.bytes > bytes_ - s.offset) {
-      fail("is damaged: section " + std::to_string(i) + " lies outside the file");
+      fail(Problem::kDamaged,
+           "is damaged: section " + std::to_string(i) + " lies outside the file");
     }
+    if (s.bytes > 0) taken.emplace_back(s.offset, s.offset + s.bytes);
     switch (static_cast<SectionKind>(s.kind)) {
       case SectionKind::kMetadata:
-        if (s.bytes > kMaxMetadataBytes) fail("is damaged: oversized metadata");
+        if (s.bytes > kMaxMetadataBytes) fail(Problem::kDamaged, "is damaged: oversized metadata");
         metadata_ = s;
         break;
       case SectionKind::kLayers:
         if (s.count != h.num_layers || s.bytes != s.count * sizeof(LayerEntry))
-          fail("is damaged: impossible layer table");
+          fail(Problem::kDamaged, "is damaged: impossible layer table");
         layer_table = &s;
         break;
       case SectionKind::kBoard:
-        if (s.lane >= h.num_lanes) fail("is damaged: board of an unknown lane");
+        if (s.lane >= h.num_lanes) fail(Problem::kDamaged, "is damaged: board of an unknown lane");
         boards_[s.lane] = s.offset;
         board_bytes[s.lane] = s.bytes;
         break;
@@ -130,7 +220,7 @@ void RecordingReader::validate() {
         const bool power_of_two = s.count != 0 && (s.count & (s.count - 1)) == 0;
         if (s.lane >= h.num_lanes || !power_of_two || s.bytes < sizeof(RingHeader) ||
             s.count > (s.bytes - sizeof(RingHeader)) / kSlotBytes) {
-          fail("is damaged: impossible ring");
+          fail(Problem::kDamaged, "is damaged: impossible ring");
         }
         rings_[s.lane] = Ring{s.offset, s.count};
         break;
@@ -139,100 +229,106 @@ void RecordingReader::validate() {
         break;  // sections of later writers are skipped
     }
   }
-  if (layer_table == nullptr || metadata_.offset == 0) fail("is damaged: a section is missing");
-  const auto* entries = at<LayerEntry>(layer_table->offset);
-  layers_.assign(entries, entries + layer_table->count);
-  for (std::uint32_t lane = 0; lane < h.num_lanes; ++lane) {
+  // Sixteen boards in one place would make a file sixteen times as long to read as it is.
+  std::sort(taken.begin(), taken.end());
+  for (std::size_t i = 1; i < taken.size(); ++i) {
+    if (taken[i].first < taken[i - 1].second)
+      fail(Problem::kDamaged, "is damaged: sections overlap");
+  }
+  if (layer_table == nullptr || metadata_.offset == 0)
+    fail(Problem::kDamaged, "is damaged: a section is missing");
+  layers_.resize(layer_table->count);
+  copy(layer_table->offset, layer_table->bytes, layers_.data());
+  check_layers(board_bytes);
+}
+
+void RecordingReader::check_layers(const std::vector<std::uint64_t>& board_bytes) const {
+  for (std::size_t lane = 0; lane < rings_.size(); ++lane) {
     if (boards_[lane] == 0 || rings_[lane].offset == 0)
-      fail("is damaged: a lane has no board or no ring");
+      fail(Problem::kDamaged, "is damaged: a lane has no board or no ring");
+    // In order and apart: thousands of layers that share one block would make a small file huge to
+    // read.
+    std::uint64_t end = 0;
     for (const LayerEntry& layer : layers_) {
       if (layer.num_experts < 1 || layer.num_experts > kMaxExperts ||
           layer.top_k > layer.num_experts || layer.board_offset % 8 != 0 ||
+          layer.board_offset < end ||
           layer.board_bytes < board_block_words(layer.num_experts) * 8 ||
           layer.board_offset > board_bytes[lane] ||
           layer.board_bytes > board_bytes[lane] - layer.board_offset) {
-        fail("is damaged: impossible layer");
+        fail(Problem::kDamaged, "is damaged: impossible layer");
       }
+      end = layer.board_offset + layer.board_bytes;
     }
   }
-  clock_offset_ns_ = h.created_unix_ns - h.created_monotonic_ns;
-}
-
-void RecordingReader::check_not_truncated() const {
-  struct stat info;
-  if (::fstat(fd_, &info) != 0 || static_cast<std::uint64_t>(info.st_size) < bytes_)
-    fail("was truncated while it was open");
 }
 
 Owner RecordingReader::owner() const { return lock_owner(fd_); }
 
 std::string RecordingReader::metadata() const {
-  check_not_truncated();
-  return std::string(at<char>(metadata_.offset), metadata_.bytes);
+  std::string text(metadata_.bytes, '\0');
+  copy(metadata_.offset, metadata_.bytes, text.data());
+  return text;
 }
 
 std::uint64_t RecordingReader::head(std::uint32_t lane) const {
-  check_not_truncated();
-  return load_word(&at<RingHeader>(rings_.at(lane).offset)->head);
+  std::uint64_t head;
+  copy(rings_.at(lane).offset, sizeof(head), &head);
+  return head;
 }
 
 bool RecordingReader::read_board(std::uint32_t lane, std::uint32_t layer,
                                  std::uint64_t* words) const {
-  check_not_truncated();
-  const LayerEntry& entry = layers_.at(layer);
-  return read_block(at<std::uint64_t>(boards_.at(lane) + entry.board_offset), entry.num_experts,
-                    words);
+  const std::uint64_t block = boards_.at(lane) + layers_.at(layer).board_offset;
+  const auto fetch = [&](std::uint64_t first, std::uint64_t count, std::uint64_t* to) {
+    copy(block + first * 8, count * 8, to);
+  };
+  return read_block(fetch, layers_[layer].num_experts, words);
 }
 
 RingRead RecordingReader::read_ring(std::uint32_t lane, std::uint64_t position,
                                     std::uint64_t limit) const {
-  check_not_truncated();
-  const Ring& ring = rings_.at(lane);
-  const auto* header = at<RingHeader>(ring.offset);
-  const auto* slots = at<std::uint64_t>(ring.offset + sizeof(RingHeader));
+  const Ring ring = rings_.at(lane);
   RingRead result{{}, position, 0, 0};
-  std::uint64_t head = load_word(&header->head);
+  std::uint64_t head = this->head(lane);
   result.records.reserve(std::min({head > position ? head - position : 0, ring.num_slots, limit}));
-  while (result.next < head && result.records.size() < limit) {
+  const std::unique_ptr<SlotBuffer> buffer(new SlotBuffer);  // not cleared
+  bool orphaned = false;
+  // A writer that is faster than we are could keep us here: a ring's worth is enough for one call.
+  std::uint64_t budget = ring.num_slots;
+  while (result.next < head && result.records.size() < limit && budget > 0) {
     if (head - result.next > ring.num_slots) {
-      const std::uint64_t oldest = head - ring.num_slots;
-      result.lost += oldest - result.next;
-      result.next = oldest;
+      result.lost += head - ring.num_slots - result.next;
+      result.next = head - ring.num_slots;
     }
-    std::uint32_t v[kSlotWords];
-    const SlotRead read = read_slot(slots, ring.num_slots, result.next, v);
-    if (read == SlotRead::kNotYet) break;  // the head was seen before the slot: come back later
-    ++result.next;
-    if (read == SlotRead::kLapped) {
-      ++result.lost;
-      head = std::max(head, load_word(&header->head));
-      continue;
+    const std::uint64_t first = result.next & (ring.num_slots - 1);
+    const std::uint64_t count = std::min({head - result.next, ring.num_slots - first,
+                                          limit - result.records.size(), budget, kSlotsPerRead});
+    copy(ring.offset + sizeof(RingHeader) + first * kSlotBytes, count * kSlotBytes, buffer->words);
+    budget -= count;
+    bool lapped = false;
+    for (std::uint64_t i = 0; i < count; ++i) {
+      std::uint32_t values[kSlotWords];
+      const SlotRead read = read_slot(buffer->words + i * kSlotWords,
+                                      ring_epoch(result.next, ring.num_slots), values);
+      if (read == SlotRead::kNotYet && !orphaned) {
+        // The head was seen before the slot. Nobody will complete what a dead writer left.
+        if (owner() == Owner::kAlive) return result;
+        orphaned = true;
+        budget += count;
+        break;  // read it once more: it may have been completed before the owner went
+      }
+      ++result.next;
+      if (read != SlotRead::kWhole) {
+        ++result.lost;
+        lapped = lapped || read == SlotRead::kLapped;
+      } else if ((values[kRouteType] & 0xFF) == static_cast<std::uint32_t>(RecordType::kRoute)) {
+        result.records.push_back(decode_route(values, lane, clock_offset_ns_));
+      } else {
+        ++result.unknown;
+      }
     }
-    const std::uint32_t flags = v[kRouteType];
-    if ((flags & 0xFF) != static_cast<std::uint32_t>(RecordType::kRoute)) {
-      ++result.unknown;
-      continue;
-    }
-    const auto wide = [&](int low, int high) { return v[low] | std::uint64_t{v[high]} << 32; };
-    RouteRecord r{};
-    r.iteration = wide(kRouteIterationLow, kRouteIterationHigh);
-    r.time_ns = wide(kRouteTimeLow, kRouteTimeHigh) + clock_offset_ns_;
-    r.gini_numerator = wide(kRouteGiniLow, kRouteGiniHigh);
-    r.layer = v[kRouteLayer] & 0xFFFF;
-    r.microbatch = v[kRouteLayer] >> 16;
-    r.tokens = v[kRouteTokens];
-    r.assignments = v[kRouteAssignments];
-    r.max_count = v[kRouteMaxCount];
-    r.padded = v[kRoutePadded];
-    r.invalid = v[kRouteInvalid];
-    r.capacity_dropped = v[kRouteDropped];
-    r.unused_experts = v[kRouteUnused];
-    r.map_version = v[kRouteMapVersion];
-    r.type = static_cast<std::uint8_t>(flags);
-    r.lane = static_cast<std::uint8_t>(lane);
-    r.direction = (flags & kFlagBackward) != 0;
-    r.recompute = (flags & kFlagRecompute) != 0;
-    result.records.push_back(r);
+    if (lapped) head = std::max(head, this->head(lane));
   }
   return result;
 }

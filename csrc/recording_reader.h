@@ -1,5 +1,8 @@
-// Reads a recording that may be live, closed, orphaned or hostile. Maps it read-only; trusts
-// nothing.
+// Reads a recording that may be live, closed, orphaned or hostile. Trusts nothing.
+//
+// It reads the file and does not map it: a mapped file that its owner truncates at the wrong moment
+// would end the reading process with SIGBUS. A read costs a system call for a whole board block or
+// some hundred records.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +14,27 @@
 
 namespace dodoco {
 
+// Why a file is not a recording that can be read.
+enum class Problem {
+  kMissing,
+  kUnreadable,  // no permission, or an I/O error
+  kForeign,     // not a recording at all
+  kCreating,    // its creator is at work
+  kUnfinished,  // its creator went before it was done
+  kVersion,
+  kTruncated,
+  kDamaged,
+};
+const char* name_of(Problem problem);
+
 class RecordingError : public std::runtime_error {
  public:
-  using std::runtime_error::runtime_error;
+  RecordingError(Problem problem, const std::string& what)
+      : std::runtime_error(what), problem_(problem) {}
+  Problem problem() const { return problem_; }
+
+ private:
+  Problem problem_;
 };
 
 struct RouteRecord {  // the numpy dtype of recording.py mirrors this
@@ -76,16 +97,14 @@ class RecordingReader {
     std::uint64_t num_slots;
   };
   void validate();
-  void check_not_truncated() const;
-  template <typename T>
-  const T* at(std::uint64_t offset) const {
-    return reinterpret_cast<const T*>(base_ + offset);
-  }
-  [[noreturn]] void fail(const std::string& what) const;
+  void find_sections(const FileHeader& header);
+  void check_layers(const std::vector<std::uint64_t>& board_bytes) const;
+  void copy(std::uint64_t offset, std::uint64_t bytes, void* to) const;
+  [[noreturn]] void fail(Problem problem, const std::string& what) const;
+  [[noreturn]] void fail_unborn() const;
 
   std::string path_;
   int fd_ = -1;
-  const std::uint8_t* base_ = nullptr;
   std::uint64_t bytes_ = 0;
   Section metadata_{};
   std::vector<LayerEntry> layers_;

@@ -16,6 +16,8 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "words.h"
+
 namespace dodoco {
 namespace {
 
@@ -60,6 +62,18 @@ ForkRegistry& fork_registry() {
   return *registry;
 }
 
+// A reader that looks at the new file holds its lock for an instant.
+bool lock_new_file(int fd) {
+  constexpr int kAttempts = 1000;
+  constexpr timespec kPause{0, 1000000};
+  for (int attempt = 0; attempt < kAttempts; ++attempt) {
+    if (::flock(fd, LOCK_EX | LOCK_NB) == 0) return true;
+    if (errno != EWOULDBLOCK && errno != EINTR) return false;
+    ::nanosleep(&kPause, nullptr);
+  }
+  return false;
+}
+
 // Maps the file open at `lock_fd` through a descriptor of its own. A mapping keeps the open file
 // description alive, and a forked child inherits mappings: through `lock_fd`, it would go on
 // holding its dead parent's lock.
@@ -87,8 +101,13 @@ RecordingWriter::RecordingWriter(const RecordingSpec& spec) {
   const int fd = ::open(spec.path.c_str(), flags, 0600);
   if (fd < 0) fail(errno, "cannot create " + spec.path);
   lock_fd_ = fd;
+  ForkRegistry& registry = fork_registry();
+  {
+    const std::lock_guard<std::mutex> guard(registry.mutex);
+    registry.lock_fds.insert(lock_fd_);
+  }
   try {
-    if (::flock(fd, LOCK_EX | LOCK_NB) != 0) fail(errno, "cannot lock " + spec.path);
+    if (!lock_new_file(fd)) fail(errno, "cannot lock " + spec.path);
     if (::fchmod(fd, spec.mode) != 0) fail(errno, "cannot set the mode of " + spec.path);
     // Reserved now: a full file system is an error here, never a SIGBUS while recording.
     const int error = ::posix_fallocate(fd, 0, static_cast<off_t>(file_bytes_));
@@ -101,12 +120,11 @@ RecordingWriter::RecordingWriter(const RecordingSpec& spec) {
     if (base_ != nullptr) ::munmap(base_, file_bytes_);
     base_ = nullptr;
     ::unlink(spec.path.c_str());
-    ::close(fd);
+    const std::lock_guard<std::mutex> guard(registry.mutex);
+    if (registry.lock_fds.erase(fd) != 0) ::close(fd);
     throw;
   }
-  ForkRegistry& registry = fork_registry();
   const std::lock_guard<std::mutex> guard(registry.mutex);
-  registry.lock_fds.insert(lock_fd_);
   registry.lanes.insert(registry.lanes.end(), lanes_.begin(), lanes_.end());
 }
 
@@ -121,6 +139,11 @@ void RecordingWriter::lay_out(const RecordingSpec& spec) {
   if (spec.num_lanes < 1 || spec.num_lanes > kMaxLanes) {
     throw std::invalid_argument("num_lanes is " + std::to_string(spec.num_lanes) + "; give 1 to " +
                                 std::to_string(kMaxLanes));
+  }
+  if (spec.metadata.size() > kMaxMetadataBytes) {
+    throw std::invalid_argument("the metadata has " + std::to_string(spec.metadata.size()) +
+                                " bytes; at most " + std::to_string(kMaxMetadataBytes) +
+                                ": shorten the labels");
   }
   std::uint64_t board_bytes = 0;
   for (const LayerSpec& layer : spec.layers) {
@@ -171,7 +194,6 @@ void RecordingWriter::lay_out(const RecordingSpec& spec) {
 
 void RecordingWriter::fill(const RecordingSpec& spec) {
   auto* header = reinterpret_cast<FileHeader*>(base_);
-  header->magic = kFileMagic;
   header->format_version = kFormatVersion;
   header->header_bytes = kHeaderBytes;
   header->file_bytes = file_bytes_;
@@ -213,8 +235,9 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
     const RingWriter ring(reinterpret_cast<RingHeader*>(rings[lane]), num_slots_);
     lanes_.push_back(new Lane(std::move(layers), ring, base_));
   }
+  header->state = static_cast<std::uint32_t>(FileState::kLive);
   // Readers look at nothing else until they see this.
-  __atomic_store_n(&header->state, static_cast<std::uint32_t>(FileState::kLive), __ATOMIC_RELEASE);
+  __atomic_store_n(&header->magic, kFileMagic, __ATOMIC_RELEASE);
 }
 
 void RecordingWriter::bind_site(void* address, std::uint32_t lane, std::uint64_t layer) {
@@ -248,7 +271,7 @@ void RecordingWriter::close() {
   const std::lock_guard<std::mutex> guard(registry.mutex);
   const bool owner = registry.lock_fds.erase(lock_fd_) != 0;  // a forked child owns nothing
   if (owner) {
-    header->closed_unix_ns = unix_ns();
+    store_word(&header->closed_unix_ns, unix_ns());
     __atomic_store_n(&header->state, static_cast<std::uint32_t>(FileState::kClosed),
                      __ATOMIC_RELEASE);
   }

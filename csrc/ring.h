@@ -12,8 +12,13 @@
 
 namespace dodoco {
 
+// 1 in the first lap; after 2^32 - 1 laps it is 1 again. 0 always means "never written".
+inline std::uint32_t lap_epoch(std::uint64_t lap) {
+  return static_cast<std::uint32_t>(lap % kEpochs + 1);
+}
+
 inline std::uint32_t ring_epoch(std::uint64_t position, std::uint64_t num_slots) {
-  return static_cast<std::uint32_t>(position / num_slots + 1);
+  return lap_epoch(position / num_slots);
 }
 
 class RingWriter {
@@ -22,12 +27,13 @@ class RingWriter {
   RingWriter(RingHeader* header, std::uint64_t num_slots)
       : header_(header),
         slots_(reinterpret_cast<std::uint64_t*>(header + 1)),
-        num_slots_(num_slots) {}
+        num_slots_(num_slots),
+        log2_slots_(static_cast<std::uint32_t>(__builtin_ctzll(num_slots))) {}
 
   // Writes one record. Caller: the ring's only writer. Input: kSlotWords values.
   void push(const std::uint32_t (&values)[kSlotWords]) {
     const std::uint64_t head = load_word(&header_->head);
-    const std::uint64_t epoch = static_cast<std::uint64_t>(ring_epoch(head, num_slots_)) << 32;
+    const std::uint64_t epoch = std::uint64_t{lap_epoch(head >> log2_slots_)} << 32;
     std::uint64_t* slot = slots_ + (head & (num_slots_ - 1)) * kSlotWords;
     for (std::uint32_t i = 0; i < kSlotWords; ++i) store_word(slot + i, epoch | values[i]);
     store_word(&header_->head, head + 1);
@@ -45,22 +51,23 @@ class RingWriter {
   RingHeader* header_ = nullptr;
   std::uint64_t* slots_ = nullptr;
   std::uint64_t num_slots_ = 0;  // a power of two
+  std::uint32_t log2_slots_ = 0;
 };
 
 enum class SlotRead { kWhole, kNotYet, kLapped };
 
-// Copies the record at `position` out of a ring that may be moving. Thread-safe; never blocks.
-inline SlotRead read_slot(const std::uint64_t* slots, std::uint64_t num_slots,
-                          std::uint64_t position, std::uint32_t (&values)[kSlotWords]) {
-  const std::uint64_t* slot = slots + (position & (num_slots - 1)) * kSlotWords;
-  const std::uint32_t expected = ring_epoch(position, num_slots);
+// Copies the record that `slot` (kSlotWords words, perhaps moving) holds if it is the one of the
+// lap with epoch `expected`. Thread-safe; never blocks.
+inline SlotRead read_slot(const std::uint64_t* slot, std::uint32_t expected,
+                          std::uint32_t (&values)[kSlotWords]) {
   SlotRead result = SlotRead::kWhole;
   for (std::uint32_t i = 0; i < kSlotWords; ++i) {
     const std::uint64_t word = load_word(slot + i);
-    const std::uint32_t epoch = static_cast<std::uint32_t>(word >> 32);
+    const auto epoch = static_cast<std::uint32_t>(word >> 32);
     if (epoch != expected) {
-      // Wrapping difference: later laps are "ahead" even past 2^32.
-      if (static_cast<std::int32_t>(epoch - expected) > 0) return SlotRead::kLapped;
+      const std::uint32_t ahead =
+          epoch >= expected ? epoch - expected : epoch + (kEpochs - expected);
+      if (epoch != 0 && ahead < kEpochs / 2) return SlotRead::kLapped;
       result = SlotRead::kNotYet;
     }
     values[i] = static_cast<std::uint32_t>(word);

@@ -39,7 +39,16 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
-    value = getattr(import_module(module), attribute)
+    try:
+        value = getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"dodoco_ext.{name} needs torch, which is not installed: install the build of torch for "
+            "your machine (https://pytorch.org)",
+            name="torch",
+        ) from None
     globals()[name] = value
     return value
 

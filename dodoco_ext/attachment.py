@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -103,6 +104,7 @@ class Attachment:
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._releases: list[weakref.finalize[..., Any]] = []
         self._reader: Reader | None = None
+        self._thread = threading.local()
         try:
             for index, router in enumerate(routers):
                 self._install(index, router)
@@ -139,6 +141,29 @@ class Attachment:
         """The exact counters of every layer as they are now."""
         return self.reader.snapshot()
 
+    @contextlib.contextmanager
+    def lane(self, index: int) -> Iterator[None]:
+        """Sends what the calling thread runs inside through a lane of its own.
+
+        For threads that run the model at the same time, as overlapped micro-batches do; ask for the
+        lanes with `attach(model, lanes=N)`. `num_valid` and `microbatch` are those of the calling
+        thread's lane.
+
+        Raises:
+            InputError: There is no such lane.
+        """
+        with self._recorder.use_lane(index) as lane:
+            before = getattr(self._thread, "lane", None)
+            self._thread.lane = lane
+            try:
+                yield
+            finally:
+                self._thread.lane = before
+
+    def _own_lane(self) -> _C.Lane:
+        lane: _C.Lane | None = getattr(self._thread, "lane", None)
+        return lane or self._recorder.lane
+
     @property
     def enabled(self) -> bool:
         """Whether passes are counted. Turned off, a pass only advances the iteration."""
@@ -146,7 +171,8 @@ class Attachment:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        self._recorder.lane.enabled = value
+        for lane in self._recorder.lanes:
+            lane.enabled = value
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -161,14 +187,14 @@ class Attachment:
     @property
     def num_valid(self) -> int | None:
         """Rows of the next passes that are real; the rest is counted as padding. None: all."""
-        value = self._recorder.lane.num_valid
+        value = self._own_lane().num_valid
         return None if value < 0 else value
 
     @num_valid.setter
     def num_valid(self, value: int | None) -> None:
         if value is not None and value < 0:
             raise InputError(f"num_valid={value}: give the number of real rows, or None for all")
-        self._recorder.lane.num_valid = -1 if value is None else value
+        self._own_lane().num_valid = -1 if value is None else value
 
     @property
     def record_every(self) -> int:
@@ -179,18 +205,19 @@ class Attachment:
     def record_every(self, value: int) -> None:
         if value < 1:
             raise InputError(f"record_every={value}: give 1 for every iteration, or more")
-        self._recorder.lane.record_every = value
+        for lane in self._recorder.lanes:
+            lane.record_every = value
 
     @property
     def microbatch(self) -> int:
         """Micro-batch index written into the records of the next passes, 0 to 65535."""
-        return self._recorder.lane.microbatch
+        return self._own_lane().microbatch
 
     @microbatch.setter
     def microbatch(self, value: int) -> None:
         if not 0 <= value < 1 << 16:
             raise InputError(f"microbatch={value}: give 0 to 65535")
-        self._recorder.lane.microbatch = value
+        self._own_lane().microbatch = value
 
     def detach(self) -> None:
         """Removes every probe and closes the recording, which stays readable. Idempotent."""
@@ -222,6 +249,7 @@ class Attachment:
 def attach(
     model: torch.nn.Module,
     *,
+    lanes: int = 1,
     labels: Mapping[str, str] | None = None,
     settings: Settings | None = None,
 ) -> Attachment:
@@ -229,6 +257,7 @@ def attach(
 
     Args:
         model: A transformers MoE model, or any module that contains one.
+        lanes: Threads that run the model at the same time; see `Attachment.lane()`.
         labels: Text to find the recording by, such as `{"model_name": "my-moe"}`.
         settings: Where and how to record; by default what `DODOCO_*` says.
 
@@ -237,7 +266,7 @@ def attach(
 
     Raises:
         NothingToObserve: No router was found, or none that this build can observe.
-        InputError: The model is already attached to.
+        InputError: The model is already attached to, or the number of lanes is impossible.
         RecordingError: The recording cannot be created.
     """
     if not isinstance(model, torch.nn.Module):
@@ -261,7 +290,7 @@ def attach(
     for part in uncovered:
         log.warning("not observed: %s: %s", part.name, part.reason)
     layers = [LayerSpec(router.name, router.num_experts, router.top_k) for router in routers]
-    recorder = Recorder(layers, uncovered=uncovered, labels=labels, settings=settings)
+    recorder = Recorder(layers, uncovered=uncovered, lanes=lanes, labels=labels, settings=settings)
     attachment = Attachment(tuple(routers), recorder)
     _forget_compiled_code()
     log.info("recording %d layers to %s", len(layers), recorder.path)

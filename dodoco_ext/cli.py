@@ -66,6 +66,7 @@ class LazyGroup(click.Group):
     "  dodoco observe --preset demo      train a small MoE, record it, write a report\n"
     "  dodoco show                       list the recordings\n"
     "  dodoco show --latest --ep 8       summarise the latest, folded into 8 ranks\n"
+    "  dodoco show my-run --fleet        all ranks of a run as one\n"
     "  dodoco doctor                     what works here, and what does not, and why\n"
     "\b\nExit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.",
 )
@@ -81,13 +82,19 @@ def cli(debug: bool) -> None:
     "  dodoco show --latest                       summarise the latest one\n"
     "  dodoco show 4711                           the one that process 4711 writes or wrote\n"
     "  dodoco show my-run --ep 8                  the latest of run my-run, over 8 ranks\n"
+    "  dodoco show my-run --fleet                 all ranks of run my-run as one\n"
     "  dodoco show /shared/run.dodoco --experts   a file, with its busiest experts\n"
     "  dodoco show --list /shared                 list the recordings in a folder\n"
+    "  dodoco show my-run --save before.json      keep its counters for later\n"
+    "  dodoco show my-run --since before.json     what happened since then\n"
+    "  dodoco show run-a --against run-b          two recordings side by side\n"
+    "  dodoco show --prune                        remove recordings that ended, but two a rank\n"
     "  dodoco show --latest --json | jq '.layers[].whole_run.gini'"
 )
 @click.argument("source", required=False)
 @click.option("--latest", is_flag=True, help="Summarise the latest recording.")
 @click.option("--list", "listing", is_flag=True, help="List what SOURCE, a folder, holds.")
+@click.option("--fleet", is_flag=True, help="All ranks of SOURCE's run (the latest run) as one.")
 @click.option(
     "--ep",
     "num_ranks",
@@ -96,13 +103,24 @@ def cli(debug: bool) -> None:
     help="Balance of N expert-parallel ranks, experts placed in equal contiguous runs.",
 )
 @click.option("--experts", is_flag=True, help="Busiest and quietest experts; all counts in JSON.")
+@click.option("--save", metavar="FILE", help="Also save the counters, for --since and --against.")
+@click.option("--since", metavar="SNAP", help="Only what happened after a snapshot of --save.")
+@click.option("--against", metavar="B", help="Compare with B, a SOURCE or a snapshot of --save.")
+@click.option(
+    "--prune", is_flag=True, help="Remove ended recordings, but the last two of each rank."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, exact and with stable keys.")
 def show(
     source: str | None,
     latest: bool,
     listing: bool,
+    fleet: bool,
     num_ranks: int | None,
     experts: bool,
+    save: str | None,
+    since: str | None,
+    against: str | None,
+    prune: bool,
     as_json: bool,
 ) -> None:
     """List recordings, or summarise one.
@@ -110,20 +128,59 @@ def show(
     Without SOURCE: the list. With SOURCE (a recording's file or name, a folder, a run, a PID): a
     summary of the recording it means, the latest where it means several.
     """
+    one = latest or fleet or (source is not None and not listing and not prune)
+    given = {
+        "--ep": num_ranks is not None,
+        "--experts": experts,
+        "--save": save is not None,
+        "--since": since is not None,
+        "--against": against is not None,
+        "--fleet": fleet,
+        "--latest": latest,
+        "--list": listing,
+        "--prune": prune,
+    }
     if latest and source is not None:
         raise click.UsageError("give SOURCE or --latest, not both")
-    if listing and latest:
-        raise click.UsageError("give --list or --latest, not both")
-    one = latest or (source is not None and not listing)
-    if not one and (num_ranks is not None or experts):
-        raise click.UsageError("--ep and --experts need a recording: give SOURCE or --latest")
-    if listing and source is not None and not Path(source).is_dir():
-        raise click.UsageError(f"--list takes a folder; {source} is none")
+    for name in ("--prune", "--list", "--fleet", "--against"):
+        if given[name] and (clash := _excluded_by(name, given)):
+            raise click.UsageError(f"give {name} or {clash}, not both")
+    wanting = [
+        name for name in ("--ep", "--experts", "--save", "--since", "--against") if given[name]
+    ]
+    if not one and wanting:
+        raise click.UsageError(f"{wanting[0]} needs a recording: give SOURCE or --latest")
+    if (listing or prune) and source is not None and not Path(source).is_dir():
+        raise click.UsageError(
+            f"--{'list' if listing else 'prune'} takes a folder; {source} is none"
+        )
     _start_lean()
-    if one:
-        _show_one(source, num_ranks=num_ranks, experts=experts, as_json=as_json)
+    if prune:
+        _prune(source, as_json=as_json)
+    elif fleet:
+        _show_fleet(source, num_ranks=num_ranks, experts=experts, as_json=as_json)
+    elif against is not None:
+        _show_comparison(source, against, as_json=as_json)
+    elif one:
+        _show_one(source, since, save, num_ranks=num_ranks, experts=experts, as_json=as_json)
     else:
         _show_list(source, as_json=as_json)
+
+
+_COMPATIBLE = {
+    "--prune": {"--prune"},
+    "--list": {"--list"},
+    "--fleet": {"--fleet", "--latest", "--ep", "--experts"},
+    "--against": {"--against", "--latest"},
+}
+
+
+def _excluded_by(name: str, given: dict[str, bool]) -> str | None:
+    """An option that was given and makes no sense together with another."""
+    return next(
+        (other for other, is_given in given.items() if is_given and other not in _COMPATIBLE[name]),
+        None,
+    )
 
 
 def _start_lean() -> None:
@@ -143,16 +200,63 @@ def _show_list(source: str | None, *, as_json: bool) -> None:
         listing.print_listing(recordings, folders)
 
 
-def _show_one(source: str | None, *, num_ranks: int | None, experts: bool, as_json: bool) -> None:
+def _show_one(
+    source: str | None,
+    since: str | None,
+    save: str | None,
+    *,
+    num_ranks: int | None,
+    experts: bool,
+    as_json: bool,
+) -> None:
+    from dodoco_ext.snapshots import load_snapshot, save_snapshot
     from dodoco_ext.sources import open_recording
     from dodoco_ext.views.show import print_summary, summary_json
     from dodoco_ext.views.summary import summarise
 
-    summary = summarise(open_recording(source), num_ranks=num_ranks)
+    earlier = None if since is None else load_snapshot(since)
+    reader = open_recording(source)
+    summary = summarise(reader, num_ranks=num_ranks, since=earlier, since_name=since or "")
+    saved = None if save is None else Path(save)
+    if saved is not None:
+        save_snapshot(summary.snapshot, saved)
     if as_json:
-        click.echo(summary_json(summary, experts=experts))
+        click.echo(summary_json(summary, experts=experts, saved=saved))
     else:
-        print_summary(summary, experts=experts)
+        print_summary(summary, experts=experts, saved=saved)
+
+
+def _show_fleet(source: str | None, *, num_ranks: int | None, experts: bool, as_json: bool) -> None:
+    from dodoco_ext.fleet import Fleet
+    from dodoco_ext.views.fleet import fleet_json, print_fleet, summarise_fleet
+
+    summary = summarise_fleet(Fleet.open(source), num_ranks=num_ranks)
+    if as_json:
+        click.echo(fleet_json(summary, experts=experts))
+    else:
+        print_fleet(summary, experts=experts)
+
+
+def _show_comparison(source: str | None, against: str, *, as_json: bool) -> None:
+    from dodoco_ext.views.compare import compare, comparison_json, print_comparison
+
+    comparison = compare(source, against)
+    if as_json:
+        click.echo(comparison_json(comparison))
+    else:
+        print_comparison(comparison)
+
+
+def _prune(source: str | None, *, as_json: bool) -> None:
+    from dodoco_ext.pruning import prune
+    from dodoco_ext.views import listing
+
+    folders = (Path(source),) if source else settings.Settings.from_environment().directories()
+    removed = [path for folder in folders for path in prune(folder)]
+    if as_json:
+        click.echo(listing.pruned_json(removed, folders))
+    else:
+        listing.print_pruned(removed, folders)
 
 
 @cli.command(

@@ -12,7 +12,18 @@ class InputError(DodocoError, ValueError):
 
 
 class RecordingError(DodocoError):
-    """A recording that cannot be read (or created) and why."""
+    """A recording that cannot be read (or created) and why.
+
+    Attributes:
+        state: What the file is instead of a readable recording: `missing`, `creating` (its creator is
+            at work), `unfinished` (its creator went before it was done), `foreign` (no recording),
+            `version` (of another format version), `truncated`, `damaged` or `unreadable` (no
+            permission, an I/O error). "" where no single file is at fault.
+    """
+
+    def __init__(self, message: str, state: str = "") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class NothingToObserve(DodocoError):  # noqa: N818 - reads better where it is raised

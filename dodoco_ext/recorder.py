@@ -7,27 +7,22 @@ import json
 import logging
 import os
 import platform
-import re
 import secrets
 import shutil
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dodoco_ext import _C, __version__
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.folders import distrust
+from dodoco_ext.pruning import prune
 from dodoco_ext.settings import SUFFIX, Settings
 
 log = logging.getLogger("dodoco")
-
-KEPT_PER_RANK = 2
-_NAME = re.compile(r"[A-Za-z0-9_-]+\.r(\d+)\.[0-9a-f]+" + re.escape(SUFFIX))
-# A file that another process has created and not yet locked looks dead for an instant.
-_CREATION_GRACE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,12 +55,21 @@ class Recorder:
         layers: The observed layers, in execution order: the next iteration starts where a pass
             does not come after the last one in it.
         uncovered: What is not observed; written into the recording, so that readers can say so.
+        lanes: Writers that record at the same time; see `use_lane()`.
         labels: Text to find the recording by, such as `{"model_name": ...}`.
         settings: Where and how to record; the environment's by default.
 
     Raises:
-        InputError: A layer, a label or a setting cannot be used.
+        InputError: A layer, the number of lanes, a label or a setting cannot be used.
         RecordingError: No folder took the recording; the message says why for each.
+
+    Attributes:
+        settings: The settings in effect.
+        layers: The observed layers.
+        uncovered: What is not observed.
+        run: Name of the run: the first part of the file's name.
+        path: The recording's file.
+        lanes: The settings of each lane that may change while it records.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Recorder:
         layers: Sequence[LayerSpec],
         *,
         uncovered: Sequence[Uncovered] = (),
+        lanes: int = 1,
         labels: Mapping[str, str] | None = None,
         settings: Settings | None = None,
     ) -> None:
@@ -85,9 +90,14 @@ class Recorder:
                     f"layer {layer.name!r}: top_k={layer.top_k} of num_experts={layer.num_experts} "
                     "is impossible; give 0 <= top_k <= num_experts"
                 )
-        self._writer, self.path = self._create(self._metadata(labels or {}))
-        self.lane = self._writer.lane(0)
-        self.lane.record_every = self.settings.record_every
+        if not 1 <= lanes <= _C.MAX_LANES:
+            raise InputError(f"lanes={lanes}: give 1 to {_C.MAX_LANES}")
+        self.run = self.settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        metadata = self._metadata(labels or {}, lanes)
+        self._writer, self.path = self._create(metadata, lanes)
+        self.lanes = tuple(self._writer.lane(index) for index in range(lanes))
+        for lane in self.lanes:
+            lane.record_every = self.settings.record_every
         self._sites: list[object] = []
         self._finalizer = weakref.finalize(self, self._writer.close)
 
@@ -95,6 +105,36 @@ class Recorder:
         """Makes `site`, an object with `_C.SITE_BYTES` bytes at `address`, stand for a layer."""
         self._writer.bind_site(address, 0, layer)
         self._sites.append(site)
+
+    @property
+    def lane(self) -> _C.Lane:
+        """The lane that takes what threads record outside `use_lane()`."""
+        return self.lanes[0]
+
+    @contextlib.contextmanager
+    def use_lane(self, index: int) -> Iterator[_C.Lane]:
+        """Makes a lane the one that the calling thread records through.
+
+        Threads that run one model at the same time each use a lane of their own: then the iterations
+        of each are consecutive in its records, and no thread waits for another. Threads that share
+        a lane take turns; counts are exact either way.
+
+        Raises:
+            InputError: There is no such lane, or 16 are in use by this thread.
+        """
+        if not 0 <= index < len(self.lanes):
+            raise InputError(
+                f"lane {index}: this recording has {len(self.lanes)}, numbered from 0; ask for more "
+                "with lanes="
+            )
+        try:
+            choice = _C.LaneChoice(self.lanes[0], self.lanes[index])
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        try:
+            yield self.lanes[index]
+        finally:
+            del choice
 
     def add_fault(self, fault: _C.Fault) -> None:
         """Counts a telemetry fault in the recording's header."""
@@ -114,13 +154,15 @@ class Recorder:
         """Ends the recording: later passes are ignored, the file is marked closed. Idempotent."""
         self._finalizer()
 
-    def _metadata(self, labels: Mapping[str, str]) -> str:
+    def _metadata(self, labels: Mapping[str, str], lanes: int) -> str:
         for name, value in labels.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise InputError(f"label {name!r}={value!r}: names and values must be strings")
         torch = sys.modules.get("torch")
         return json.dumps(
             {
+                "run": self.run,
+                "lanes": ["host", *(f"host {index}" for index in range(1, lanes))],
                 "layers": [asdict(layer) for layer in self.layers],
                 "uncovered": [asdict(part) for part in self.uncovered],
                 "labels": dict(labels),
@@ -136,10 +178,9 @@ class Recorder:
             }
         )
 
-    def _create(self, metadata: str) -> tuple[_C.RecordingWriter, Path]:
+    def _create(self, metadata: str, lanes: int) -> tuple[_C.RecordingWriter, Path]:
         settings = self.settings
-        run = settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        name = f"{run}.r{settings.rank:05d}.{secrets.token_hex(4)}{SUFFIX}"
+        name = f"{self.run}.r{settings.rank:05d}.{secrets.token_hex(4)}{SUFFIX}"
         shared = settings.directory is not None
         refusals = []
         for directory in settings.directories():
@@ -147,11 +188,13 @@ class Recorder:
             try:
                 prepare_directory(directory, shared=shared)
                 prune(directory, rank=settings.rank)
+                room = shutil.disk_usage(directory).free // 10
                 writer = _C.RecordingWriter(
                     str(path),
                     metadata,
                     [(layer.num_experts, layer.top_k) for layer in self.layers],
-                    max_bytes=min(settings.max_bytes, shutil.disk_usage(directory).free // 10),
+                    num_lanes=lanes,
+                    max_bytes=min(settings.max_bytes, room),
                     mode=0o640 if shared else 0o600,
                     rank=settings.rank,
                     world_size=settings.world_size,
@@ -161,6 +204,16 @@ class Recorder:
                 continue
             if refusals:
                 log.warning("recording to %s, because %s", directory, "; ".join(refusals))
+            if room < settings.max_bytes:
+                log.warning(
+                    "the recording has %.1f MiB, a tenth of what is free in %s, and not %.1f: the last "
+                    "%d records are kept; free space, or set DODOCO_MAX_BYTES=%d if that is enough",
+                    writer.file_bytes / 2**20,
+                    directory,
+                    settings.max_bytes / 2**20,
+                    writer.num_slots * lanes,
+                    room,
+                )
             return writer, path
         raise RecordingError(
             "cannot create a recording: " + "; ".join(refusals) + ". Set DODOCO_DIR to a folder "
@@ -182,33 +235,6 @@ def prepare_directory(directory: Path, *, shared: bool) -> None:
         # Two processes that start together: whoever comes second finds it made, and checks it.
         with contextlib.suppress(FileExistsError):
             directory.mkdir(parents=shared, mode=0o700)
-            if shared:
-                directory.chmod(0o2750)
+            directory.chmod(0o2750 if shared else 0o700)  # whatever the umask took away or added
     if problem := distrust(directory, shared=shared):
         raise RecordingError(problem)
-
-
-def prune(directory: Path, *, rank: int) -> list[Path]:
-    """Removes dead recordings of this rank but for the latest `KEPT_PER_RANK`; returns them."""
-    dead: list[tuple[float, Path]] = []
-    now = time.time()
-    for path in directory.glob("*" + SUFFIX):
-        match = _NAME.fullmatch(path.name)
-        if match is None or int(match[1]) != rank:
-            continue
-        try:
-            info = path.lstat()
-            settled = now - info.st_mtime > _CREATION_GRACE_S or _is_closed(path)
-            if info.st_uid == os.getuid() and settled and not _C.owner_alive(str(path)):
-                dead.append((info.st_mtime, path))
-        except OSError as error:
-            log.debug("not pruned: %s: %s", path, error)  # went away, or is not ours to judge
-    removed = []
-    for _, path in sorted(dead, reverse=True)[KEPT_PER_RANK:]:
-        path.unlink(missing_ok=True)
-        removed.append(path)
-    return removed
-
-
-def _is_closed(path: Path) -> bool:
-    return bool(_C.RecordingReader(str(path)).header()["closed"])

@@ -251,11 +251,13 @@ class Reader:
             self.metadata: dict[str, Any] = json.loads(self._file.metadata())
             self._names = [str(layer["name"]) for layer in self.metadata["layers"]]
         except _C.RecordingError as error:
-            raise RecordingError(str(error)) from None
+            raise RecordingError(str(error), error.state) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RecordingError(f"{self.path} is damaged: unreadable metadata ({error})") from None
+            problem = f"{self.path} is damaged: unreadable metadata ({error})"
+            raise RecordingError(problem, "damaged") from None
         if len(self._names) != len(self._layers):
-            raise RecordingError(f"{self.path} is damaged: metadata and layer table disagree")
+            problem = f"{self.path} is damaged: metadata and layer table disagree"
+            raise RecordingError(problem, "damaged")
         header = self.header
         self.uuid: str = header["uuid"].hex()
         self._created_ns = int(header["created_unix_ns"])
@@ -269,9 +271,10 @@ class Reader:
     @property
     def state(self) -> str:
         """`live` (an owner holds the lock), `closed` (ended properly) or `dead` (owner gone)."""
+        alive = self._file.owner_alive()  # first: an owner that closes in between is not dead
         if self.header["closed"]:
             return "closed"
-        return "live" if self._file.owner_alive() else "dead"
+        return "live" if alive else "dead"
 
     @property
     def num_slots(self) -> int:
@@ -312,7 +315,7 @@ class Reader:
         for lane, position in enumerate(start):
             with _readable():
                 data, next_position, lane_lost, _ = self._file.ring(lane, position)
-            parts.append(np.frombuffer(data, dtype=RECORD_DTYPE))
+            parts.append(data.view(RECORD_DTYPE))
             following.append(next_position)
             lost += lane_lost
         if len(parts) == 1:
@@ -358,4 +361,4 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except _C.RecordingError as error:
-        raise RecordingError(str(error)) from None
+        raise RecordingError(str(error), error.state) from None

@@ -19,7 +19,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
     ("DODOCO_MAX_BYTES", "8388608", "largest recording of one rank, in bytes"),
     ("DODOCO_RECORD_EVERY", "1", "iterations between ring records; the board counts every pass"),
-    ("DODOCO_RUN", "start time", "name of the run that the recordings of all ranks share"),
+    ("DODOCO_RUN", "the job, or start time", "name of the run that all ranks' recordings share"),
     ("DODOCO_RANK", "$RANK or 0", "rank of this process"),
     ("DODOCO_WORLD_SIZE", "$WORLD_SIZE or 1", "number of ranks of the run"),
     ("DODOCO_DEBUG", "0", "1: the command line prints the traceback of an unexpected error"),
@@ -34,7 +34,8 @@ class Settings:
         directory: Folder given by `DODOCO_DIR`, or None for the private default.
         max_bytes: Largest recording of one rank.
         record_every: Iterations between ring records (1: every iteration).
-        run: Name of the run, or None for one made from the start time.
+        run: Name of the run, or None for one made from the start time. With several ranks, torchrun's
+            `--rdzv-id` or Slurm's job and step name it where `DODOCO_RUN` does not.
         rank: Rank of this process.
         world_size: Number of ranks.
     """
@@ -60,13 +61,14 @@ class Settings:
                 f"DODOCO_RUN={run!r} cannot be part of a file name: use letters, digits, '-', '_'"
             )
         directory = env.get("DODOCO_DIR")
+        world_size = _integer(env, ("DODOCO_WORLD_SIZE", "WORLD_SIZE"), 1, minimum=1)
         return cls(
             directory=Path(directory) if directory else None,
             max_bytes=_integer(env, ("DODOCO_MAX_BYTES",), 8 << 20, minimum=1 << 14),
             record_every=_integer(env, ("DODOCO_RECORD_EVERY",), 1, minimum=1),
-            run=run,
+            run=run or (_job(env) if world_size > 1 else None),
             rank=_integer(env, ("DODOCO_RANK", "RANK"), 0, minimum=0),
-            world_size=_integer(env, ("DODOCO_WORLD_SIZE", "WORLD_SIZE"), 1, minimum=1),
+            world_size=world_size,
         )
 
     def directories(self) -> tuple[Path, ...]:
@@ -74,7 +76,11 @@ class Settings:
         if self.directory is not None:
             return (self.directory,)
         name = f"dodoco-{os.getuid()}"
-        return (SHARED_MEMORY / name, Path(tempfile.gettempdir()) / name)
+        try:
+            temporary = Path(tempfile.gettempdir())
+        except FileNotFoundError:  # nowhere to write, as in a container with a read-only root
+            return (SHARED_MEMORY / name,)
+        return (SHARED_MEMORY / name, temporary / name)
 
 
 def debug(environ: Mapping[str, str] | None = None) -> bool:
@@ -87,6 +93,18 @@ def given(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The settings that the environment names, misspelt ones included, with their text."""
     env = os.environ if environ is None else environ
     return {name: env[name] for name in sorted(env) if name.startswith("DODOCO_")}
+
+
+def _job(env: Mapping[str, str]) -> str | None:
+    """What the launcher calls this job, the same in every rank of it, as a part of a file name."""
+    elastic, slurm = env.get("TORCHELASTIC_RUN_ID"), env.get("SLURM_JOB_ID")
+    if elastic and elastic != "none":  # torchrun's word for "not given"
+        name = elastic
+    elif slurm:
+        name = f"slurm-{slurm}-{env.get('SLURM_STEP_ID', '0')}"
+    else:
+        return None
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]
 
 
 def _integer(env: Mapping[str, str], names: tuple[str, ...], default: int, *, minimum: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,84 @@ def test_the_toy_router_is_planted() -> None:
     assert torch.equal(seen[0], block.router.table[tokens])
     assert isinstance(block.router, PlantedRouter)
     assert all(len(set(row.tolist())) == 2 for row in block.router.table)
+
+
+def test_threads_with_lanes_of_their_own_keep_their_iterations_apart() -> None:
+    """Overlapped micro-batches: two threads run one model at the same time."""
+    model, tokens = ToyModel(num_layers=3), some_tokens((2, 9))
+    passes = 40
+    with dodoco.attach(model, lanes=2) as a, torch.no_grad():
+        barrier = threading.Barrier(2)
+
+        def run(lane: int) -> None:
+            barrier.wait()
+            with a.lane(lane):
+                a.microbatch = lane + 5
+                for _ in range(passes):
+                    model(tokens)
+
+        threads = [threading.Thread(target=run, args=(lane,)) for lane in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        model(tokens)  # outside, a thread is on the first lane
+        assert_recorded(a, model, [tokens] * (2 * passes + 1))
+        records = a.reader.records()
+        assert a.reader.metadata["lanes"] == ["host", "host 1"]
+    for lane, iterations in ((0, passes + 1), (1, passes)):
+        mine = records[records["lane"] == lane]
+        assert mine["iteration"].tolist() == np.repeat(np.arange(iterations), 3).tolist()
+        assert mine["layer"].tolist() == [0, 1, 2] * iterations
+        assert set(mine["microbatch"]) == {lane + 5}
+
+
+def test_a_choice_of_a_lane_is_of_one_recording_and_ends() -> None:
+    """Choices nest, end in any order, and say nothing about another model."""
+    one, other, tokens = ToyModel(num_layers=1), ToyModel(num_layers=1), some_tokens()
+    with dodoco.attach(one, lanes=3) as a, dodoco.attach(other, lanes=2) as b:
+        outer, inner = a.lane(1), b.lane(1)
+        with outer:
+            one(tokens)
+            other(tokens)
+            with a.lane(2):
+                one(tokens)
+            inner.__enter__()
+            one(tokens)
+            other(tokens)
+        one(tokens)
+        other(tokens)
+        inner.__exit__(None, None, None)
+        other(tokens)
+        assert a.reader.records()["lane"].tolist() == [1, 2, 1, 0]
+        assert b.reader.records()["lane"].tolist() == [0, 1, 1, 0]
+
+
+def test_num_valid_is_of_the_threads_lane_and_enabled_of_all() -> None:
+    model, tokens = ToyModel(num_layers=1), some_tokens((1, 10))
+    with dodoco.attach(model, lanes=2) as a:
+        with a.lane(1):
+            a.num_valid = 4
+            model(tokens)
+            assert a.num_valid == 4
+        assert a.num_valid is None
+        model(tokens)
+        with a.paused(), a.lane(1):
+            model(tokens)
+        assert a.snapshot().layers[0].tokens == 14
+        assert a.snapshot().layers[0].passes == 2
+
+
+@pytest.mark.parametrize("lanes", [0, 17])
+def test_an_impossible_number_of_lanes_is_refused(lanes: int) -> None:
+    with pytest.raises(InputError, match=f"lanes={lanes}: give 1 to 16"):
+        dodoco.attach(ToyModel(), lanes=lanes)
+
+
+def test_a_lane_that_is_not_there_is_refused() -> None:
+    with (
+        dodoco.attach(ToyModel()) as a,
+        pytest.raises(InputError, match="lane 1: this recording has 1, numbered from 0"),
+        a.lane(1),
+    ):
+        pass

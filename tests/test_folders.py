@@ -1,12 +1,18 @@
-"""Where recordings lie: whose the folder is, how big a file is, what is pruned, what names say."""
+"""Where recordings lie: whose the folder is, how big a file is, what names say."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import stat
-import time
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,74 +20,10 @@ import cases
 import dodoco_ext as dodoco
 from dodoco_ext import _C, recorder, settings
 from dodoco_ext.errors import RecordingError
-from dodoco_ext.recorder import KEPT_PER_RANK, SUFFIX, LayerSpec, Recorder
+from dodoco_ext.recorder import LayerSpec, Recorder
 from dodoco_ext.recording import Reader
-from dodoco_ext.settings import Settings
-
-
-def make_dead(folder: Path, name: str, age_s: float) -> Path:
-    """A recording as a killed process leaves it: live by its header, locked by nobody."""
-    path = folder / name
-    writer = _C.RecordingWriter(
-        str(path), '{"layers": [{"name": "a"}]}', [(4, 2)], max_bytes=1 << 16
-    )
-    image = path.read_bytes()
-    writer.close()
-    path.unlink()
-    path.write_bytes(image)
-    os.utime(path, (time.time() - age_s,) * 2)
-    return path
-
-
-def test_pruning_keeps_the_last_dead_ones_of_a_rank_and_whatever_is_not_its_own(
-    recordings: Path,
-) -> None:
-    recordings.mkdir()
-    dead = [make_dead(recordings, f"run{i}.r00000.0{i}{SUFFIX}", 1000 - i) for i in range(5)]
-    assert Reader(dead[0]).state == "dead"
-    other_rank = [make_dead(recordings, f"run{i}.r00001.0{i}{SUFFIX}", 2000) for i in range(5)]
-    newborn = make_dead(recordings, f"new.r00000.ff{SUFFIX}", 0)
-    foreign = [recordings / "notes.txt", recordings / f"notes{SUFFIX}", recordings / "a.r00000.00"]
-    for path in foreign:
-        path.write_text("not yours")
-        os.utime(path, (0, 0))
-    folder = recordings / f"folder.r00000.00{SUFFIX}"
-    folder.mkdir()
-    live = Recorder([LayerSpec("a", 4, 2)])
-    os.utime(live.path, (0, 0))
-    again = Recorder([LayerSpec("a", 4, 2)])
-    left = set(recordings.iterdir())
-    assert left == {
-        *dead[-KEPT_PER_RANK:],
-        *other_rank,
-        newborn,
-        *foreign,
-        folder,
-        live.path,
-        again.path,
-    }
-    live.close()
-    again.close()
-
-
-def test_pruning_counts_closed_recordings_too(recordings: Path) -> None:
-    paths = []
-    for age in (30, 20, 10, 0):
-        each = Recorder([LayerSpec("a", 4, 2)])
-        each.close()
-        os.utime(each.path, (time.time() - age,) * 2)
-        paths.append(each.path)
-    # The last one was made before it was closed itself: two older ones stayed with it.
-    assert set(recordings.iterdir()) == set(paths[1:])
-
-
-def test_readers_delete_nothing(recordings: Path) -> None:
-    recordings.mkdir()
-    dead = [make_dead(recordings, f"run.r00000.0{i}{SUFFIX}", 1000 + i) for i in range(4)]
-    for path in dead:
-        dodoco.open(path).snapshot()
-    dodoco.open(recordings)
-    assert set(recordings.iterdir()) == set(dead)
+from dodoco_ext.settings import SUFFIX, Settings
+from namespaces import ENVIRONMENT, inside, needs_root, python
 
 
 def mode_of(path: Path) -> int:
@@ -226,3 +168,166 @@ def test_names_tell_run_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (header["rank"], header["world_size"]) == (3, 8)
     one.close()
     other.close()
+
+
+# --- other processes ----------------------------------------------------------------------------
+
+RECORD = """
+import json, os, stat, sys
+import cases, numpy as np
+from dodoco_ext import settings
+from dodoco_ext.errors import RecordingError
+from pathlib import Path
+uid, mask, base = int(sys.argv[1]), int(sys.argv[2], 8), Path(sys.argv[3])
+settings.SHARED_MEMORY = base / "shm"
+settings.tempfile.tempdir = str(base / "tmp")
+cases.Probe.open  # everything is imported: as another user it could not be
+os.setgroups([]); os.setgid(uid); os.setuid(uid); os.umask(mask)
+try:
+    probe = cases.Probe.open((4, 2))
+except RecordingError as error:
+    print(json.dumps({"error": str(error)}), flush=True)
+    sys.exit()
+assert probe.record_ids(np.array([[0, 1]])) == 0
+assert probe.snapshot().layers[0].passes == 1
+def mode(path):
+    return f"{stat.S_IMODE(path.stat().st_mode):o}"
+print(json.dumps({
+    "path": str(probe.path), "pid": os.getpid(), "mode": mode(probe.path),
+    "folder": mode(probe.path.parent),
+}), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that any user may enter and write to, as /dev/shm and /tmp are."""
+    with tempfile.TemporaryDirectory(prefix="dodoco-test-", dir="/dev/shm") as name:
+        for folder in (Path(name), Path(name) / "shm", Path(name) / "tmp"):
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o1777)
+        yield Path(name)
+
+
+def record_as(
+    uid: int, mask: int, base: Path, wrapped: bool = False, **environment: str
+) -> dict[str, Any]:
+    """Records in another process, as a user and under a umask; says what came of it."""
+    command = python(RECORD, str(uid), f"{mask:o}", str(base))
+    done = subprocess.run(
+        inside(*command, pid=True) if wrapped else command,
+        env={**ENVIRONMENT, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+USER = 23001
+
+
+@needs_root
+@pytest.mark.parametrize("mask", [0o777, 0o277, 0o077, 0o022, 0])
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_modes_are_the_same_under_any_umask(shared: bool, mask: int, open_folder: Path) -> None:
+    """As a user for whom they matter: root may do what no mode allows."""
+    chosen = {"DODOCO_DIR": str(open_folder / "chosen")} if shared else {}
+    found = record_as(USER, mask, open_folder, **chosen)
+    folder = open_folder / "chosen" if shared else open_folder / "shm" / f"dodoco-{USER}"
+    assert Path(found["path"]).parent == folder
+    assert (found["folder"], found["mode"]) == (("2750", "640") if shared else ("700", "600"))
+
+
+@needs_root
+def test_another_users_folder_is_neither_used_nor_touched(open_folder: Path) -> None:
+    """Whoever came first in /dev/shm cannot read what others record, nor stop them."""
+    taken = open_folder / "shm" / f"dodoco-{USER}"
+    taken.mkdir(mode=0o777)
+    taken.chmod(0o777)
+    found = record_as(USER, 0o022, open_folder)
+    assert Path(found["path"]).parent == open_folder / "tmp" / f"dodoco-{USER}"
+    assert list(taken.iterdir()) == []
+
+
+@needs_root
+def test_processes_of_the_same_number_do_not_get_in_each_others_way(recordings: Path) -> None:
+    """Each is process 1 of a container, of the same run and rank, and sees the same folder."""
+    environment = {"DODOCO_DIR": str(recordings), "DODOCO_RUN": "job", "DODOCO_RANK": "0"}
+    with contextlib.ExitStack() as stack:
+        children = [
+            stack.enter_context(
+                subprocess.Popen(
+                    inside(*python(RECORD, "0", "022", str(recordings)), pid=True),
+                    env={**ENVIRONMENT, **environment},
+                    stdin=subprocess.PIPE,  # closed on leaving, which ends the process
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for _ in range(4)
+        ]
+        found = [json.loads(child.stdout.readline()) for child in children if child.stdout]
+        assert [each["pid"] for each in found] == [1] * 4
+        readers = [Reader(each["path"]) for each in found]
+        assert len({reader.path for reader in readers}) == len({r.uuid for r in readers}) == 4
+        for reader in readers:
+            assert reader.path.name.startswith("job.r00000.")
+            assert reader.state == "live"
+            assert reader.snapshot().layers[0].passes == 1
+        children[0].communicate(timeout=60)
+        # The one that ended is not mistaken for one that goes on under its number.
+        assert [reader.state for reader in readers] == ["closed", "live", "live", "live"]
+
+
+NO_FLOCK = """
+#include <errno.h>
+extern "C" int flock(int, int) { errno = ENOLCK; return -1; }
+"""
+
+
+@pytest.fixture
+def without_locks(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process to which every file system is one that knows no flock."""
+    source, library = tmp_path / "noflock.cpp", tmp_path / "noflock.so"
+    source.write_text(NO_FLOCK)
+    compiler = os.environ.get("CXX") or shutil.which("g++") or sysconfig.get_config_var("CXX")
+    command = [*str(compiler).split(), "-shared", "-fPIC", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+@needs_root
+def test_where_locks_are_refused_nothing_is_recorded(
+    recordings: Path, without_locks: dict[str, str]
+) -> None:
+    """A recording without a lock would look dead while it is live, and be pruned."""
+    found = record_as(0, 0o022, recordings, DODOCO_DIR=str(recordings), **without_locks)
+    assert "No locks available" in found["error"]
+    assert "Set DODOCO_DIR" in found["error"]
+    assert list(recordings.iterdir()) == []
+
+
+def test_where_locks_are_refused_no_recording_is_called_live(
+    tmp_path: Path, without_locks: dict[str, str]
+) -> None:
+    """Such as one that was copied to a network file system."""
+    path = tmp_path / "copied.dodoco"
+    writer = _C.RecordingWriter(str(path), '{"layers": [{"name": "a"}]}', [(4, 2)])
+    image = path.read_bytes()
+    writer.close()
+    path.write_bytes(image)
+    code = "import sys; from dodoco_ext.recording import Reader; print(Reader(sys.argv[1]).state)"
+    done = subprocess.run(
+        python(code, str(path)),
+        env={**ENVIRONMENT, **without_locks},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "dead\n"

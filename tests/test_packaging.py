@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 
+import reader_side
+
 ROOT = Path(__file__).resolve().parent.parent
 # Folders of sources in the checkout -> where a wheel has them.
 PACKAGE_DIRS = {"dodoco_ext": "dodoco_ext", "triton_kernels": "dodoco_ext/triton_kernels"}
 BUILT = {".venv", "build", "dist", "results", ".git", "__pycache__"}
+CACHES = {".pytest_cache", ".ruff_cache", ".mypy_cache", ".hypothesis", ".benchmarks"}
 
 
 def checkout_files() -> list[Path]:
@@ -29,7 +32,7 @@ def checkout_files() -> list[Path]:
     return [
         path.relative_to(ROOT)
         for path in ROOT.rglob("*")
-        if path.is_file() and not BUILT & set(path.relative_to(ROOT).parts)
+        if path.is_file() and not (BUILT | CACHES) & set(path.relative_to(ROOT).parts)
     ]
 
 
@@ -171,3 +174,12 @@ def test_the_source_folder_says_that_it_is_not_the_package(tmp_path: Path) -> No
     )
     assert done.returncode == 1
     assert "run from another folder" in done.stderr
+
+
+def test_tests_without_torch_are_those_of_the_reading_side() -> None:
+    """What `make pythons` runs."""
+    chosen = {file.name for file in reader_side.test_files()}
+    reading = ("recording", "damage", "sources", "settings", "folders", "metrics", "nulls", "show")
+    assert {f"test_{name}.py" for name in reading} <= chosen
+    # By an import of its own, by one in a helper, and by pytest.importorskip.
+    assert chosen.isdisjoint({"test_ops.py", "test_probes.py", "test_triton_route_stats.py"})

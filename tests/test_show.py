@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +48,7 @@ def test_no_recordings(recordings: Path, capsys: Capture) -> None:
     assert f"no recordings in {recordings}" in out
     assert "attach(model)" in out
     assert show_json(capsys) == {
-        "schema": "dodoco.recordings/1",
+        "schema": "dodoco.recordings/2",
         "folders": [str(recordings)],
         "recordings": [],
     }
@@ -58,11 +59,17 @@ def test_every_state_is_listed(recordings: Path, capsys: Capture) -> None:
     live = planted.Planted(planted.layers(3), labels={"model_name": "live-model"})
     live.route_all([7, 4])
     dead = planted.dead_recording(recordings)
-    broken = recordings / "broken.r00000.00.dodoco"
-    broken.write_bytes(b"\0" * 8192)
+    (recordings / "broken.r00000.00.dodoco").write_bytes(b"\0" * 8192)
+    (recordings / "notes.r00000.00.dodoco").write_text("no recording" * 1000)
+    os.truncate(planted.recording(planted.layers(1)), 8192)
+    later = planted.recording(planted.layers(1))
+    data = bytearray(later.read_bytes())
+    data[8] = 99
+    later.write_bytes(data)
 
     found = {r["state"]: r for r in show_json(capsys)["recordings"]}
-    assert set(found) == {"live", "closed", "dead", "unreadable"}
+    readable = {"live", "closed", "dead"}
+    assert set(found) == {*readable, "unfinished", "foreign", "truncated", "version"}
     assert found["live"]["model"] == "live-model"
     assert (found["live"]["layers"], found["live"]["tokens"]) == (3, 11)
     assert found["live"]["closed_unix_ns"] is None
@@ -70,13 +77,15 @@ def test_every_state_is_listed(recordings: Path, capsys: Capture) -> None:
     assert found["closed"]["duration_s"] >= 0
     assert found["dead"]["path"] == str(dead)
     assert found["dead"]["duration_s"] is None
-    assert "still being created" in found["unreadable"]["problem"]
+    assert all((r["problem"] is None) == (state in readable) for state, r in found.items())
     assert len({tuple(r) for r in found.values()}) == 1, "every entry has the same keys"
 
     out = show(capsys)
-    assert f"{recordings}: 4 recordings" in out
-    for name in ("live-model", "closed-model", dead.name, "unreadable: ", "still being created"):
+    assert f"{recordings}: 7 recordings" in out
+    for name in ("live-model", "closed-model", dead.name):
         assert name in out
+    for state in set(found) - readable:
+        assert f"{state}: {recordings}" in out.replace("\n", " ")
     live.close()
 
 

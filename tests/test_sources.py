@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,14 @@ def test_a_pid_means_what_that_process_recorded_last(three: list[Path]) -> None:
     assert resolve(os.getpid()) == resolve(str(os.getpid())) == three[-1]
 
 
+def test_a_run_may_have_a_number_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job of Slurm's has; a process of that number comes first."""
+    monkeypatch.setenv("DODOCO_RUN", "4194305")
+    probe = cases.Probe.open((4, 2))
+    assert resolve("4194305") == resolve(4194305) == probe.path
+    probe.recorder.close()
+
+
 def test_a_file_comes_before_a_pid(three: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(three[0].parent)
     renamed = three[0].rename(three[0].with_name(str(os.getpid())))
@@ -64,7 +74,7 @@ def test_broken_recordings_are_passed_over_and_listed(three: list[Path], recordi
     first, *rest = find()
     assert first.path == broken
     assert first.reader is None
-    assert "too short" in first.problem
+    assert "not a DODOCO recording" in first.problem
     assert [each.path for each in rest] == three[::-1]
     assert all(each.reader is not None for each in rest)
 
@@ -72,7 +82,7 @@ def test_broken_recordings_are_passed_over_and_listed(three: list[Path], recordi
 def test_where_all_are_broken_the_reason_is_given(recordings: Path) -> None:
     recordings.mkdir()
     (recordings / "zzz.r00000.00.dodoco").write_text("nothing")
-    with pytest.raises(RecordingError, match="too short"):
+    with pytest.raises(RecordingError, match="not a DODOCO recording"):
         resolve(None)
 
 
@@ -106,3 +116,26 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 def test_a_missing_folder_holds_nothing(recordings: Path) -> None:
     assert find() == []
     assert find((recordings / "none",)) == []
+
+
+def test_a_forbidden_folder_is_named_unless_another_one_helps(
+    three: list[Path],
+    recordings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """tests/test_containers.py does it for real, with one folder."""
+    forbidden, list_folder = tmp_path / "forbidden", Path.iterdir
+
+    def refuse(folder: Path) -> Iterator[Path]:
+        if folder == forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return list_folder(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(RecordingError, match="Permission denied: read it as its owner") as caught:
+        find((forbidden,))
+    assert caught.value.state == "unreadable"
+    assert [each.path for each in find((forbidden, recordings))] == three[::-1]
+    assert str(forbidden) in caplog.text

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dodoco_ext.errors import RecordingError
+from dodoco_ext.fleet import run_of
 from dodoco_ext.recording import Reader
 from dodoco_ext.sources import Listed
 from dodoco_ext.views import tables
 from dodoco_ext.views.tables import duration, plain, quantity
 
-SCHEMA = "dodoco.recordings/1"
+SCHEMA = "dodoco.recordings/2"
+PRUNED_SCHEMA = "dodoco.pruned/1"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class RecordingInfo:
     """One recording as a whole.
 
     Attributes:
-        state: `live`, `closed`, `dead` (its owner is gone), or `unreadable`, with `problem`.
+        state: `live`, `closed`, `dead` (its owner is gone), or the state of a file that cannot be read
+            (see `RecordingError.state`), with `problem`.
         model: The label `model_name`, or the program that recorded.
         tokens: Tokens of the layer that saw most.
         age_s: Seconds since the recording began.
@@ -53,16 +56,16 @@ class RecordingInfo:
 def describe(listed: Listed) -> RecordingInfo:
     """Describes one recording of a listing, readable or not."""
     if listed.reader is None:
-        return _unreadable(listed, listed.problem)
+        return _unread(listed, listed.state, listed.problem)
     try:
         return _read(listed, listed.reader)
     except RecordingError as error:  # truncated since it was opened
-        return _unreadable(listed, str(error))
+        return _unread(listed, error.state, str(error))
 
 
-def _unreadable(listed: Listed, problem: str) -> RecordingInfo:
+def _unread(listed: Listed, state: str, problem: str) -> RecordingInfo:
     name = listed.path.name
-    return RecordingInfo(name, str(listed.path), name.split(".")[0], "unreadable", problem)
+    return RecordingInfo(name, str(listed.path), name.split(".")[0], state, problem)
 
 
 def _read(listed: Listed, reader: Reader) -> RecordingInfo:
@@ -75,7 +78,7 @@ def _read(listed: Listed, reader: Reader) -> RecordingInfo:
     return RecordingInfo(
         name=listed.path.name,
         path=str(listed.path),
-        run=listed.path.name.split(".")[0],
+        run=run_of(reader),
         state=state,
         rank=header["rank"],
         world_size=header["world_size"],
@@ -109,6 +112,27 @@ def to_json(recordings: Sequence[RecordingInfo], folders: Iterable[Path]) -> str
             "recordings": list(recordings),
         }
     )
+
+
+def pruned_json(removed: Sequence[Path], folders: Iterable[Path]) -> str:
+    """What was pruned, as JSON."""
+    return tables.to_json(
+        {
+            "schema": PRUNED_SCHEMA,
+            "folders": [str(folder) for folder in folders],
+            "removed": [str(path) for path in removed],
+        }
+    )
+
+
+def print_pruned(removed: Sequence[Path], folders: Iterable[Path]) -> None:
+    """Prints what was pruned, one line a file."""
+    console = tables.console()
+    for path in removed:
+        console.print(f"removed {plain(str(path))}", soft_wrap=True)
+    where = ", ".join(plain(str(folder)) for folder in folders)
+    what = f"{len(removed)} recording{'' if len(removed) == 1 else 's'}" if removed else "nothing"
+    console.print(f"removed {what} from {where}", soft_wrap=True)
 
 
 def print_listing(recordings: Sequence[RecordingInfo], folders: Sequence[Path]) -> None:
@@ -150,5 +174,5 @@ def print_listing(recordings: Sequence[RecordingInfo], folders: Sequence[Path]) 
         console.print()
     for r in recordings:
         if r.problem:
-            console.print(plain(f"unreadable: {r.problem}"), style="yellow")
+            console.print(plain(f"{r.state}: {r.problem}"), style="yellow")
     console.print("Summarise one: dodoco show SOURCE (a name above, a run, a PID), or --latest.")

@@ -13,6 +13,7 @@ import numpy as np
 
 from dodoco_ext import _C
 from dodoco_ext.folders import distrust
+from dodoco_ext.views import file_systems
 
 # Layers tried, largest first: a recording of a large model, and the smallest sensible one.
 _MODELS = (((128, 8),) * 32, ((8, 2),))
@@ -30,7 +31,7 @@ class Place:
         free_bytes: Free space there.
         recording: What a recording would be like; "" where none can be made.
         problem: Why none can be made, with what to do; "" where one can.
-        limited: Whether there is room for a small model only.
+        concerns: What is wrong though recordings can be made, each with what to do.
     """
 
     folder: Path
@@ -39,7 +40,7 @@ class Place:
     free_bytes: int
     recording: str
     problem: str
-    limited: bool = False
+    concerns: tuple[str, ...] = ()
 
 
 def examine(folder: Path, *, shared: bool, max_bytes: int) -> Place:
@@ -54,11 +55,13 @@ def examine(folder: Path, *, shared: bool, max_bytes: int) -> Place:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     state, problem = _look(folder, nearest, shared=shared)
-    free = shutil.disk_usage(nearest).free
-    recording, limited = "", False
+    free, kind = shutil.disk_usage(nearest).free, file_systems.kind_of(nearest)
+    recording, concerns = "", _concerns(folder, kind, shared=shared)
     if not problem:
-        recording, problem, limited = _try(nearest, min(max_bytes, free // 10))
-    return Place(folder, state, _file_system(nearest), free, recording, problem, limited)
+        limits = min(max_bytes, free // 10)
+        recording, problem, limit = _try(nearest, limits, new_folder=nearest != folder)
+        concerns += [f"large models do not fit: {limit}"] if limit else []
+    return Place(folder, state, kind, free, recording, problem, tuple(concerns))
 
 
 def _look(folder: Path, nearest: Path, *, shared: bool) -> tuple[str, str]:
@@ -71,40 +74,78 @@ def _look(folder: Path, nearest: Path, *, shared: bool) -> tuple[str, str]:
             return state, f"{nearest} is not a folder: set DODOCO_DIR to another place"
         if not shared and nearest != folder.parent:
             return state, f"{folder.parent} does not exist: set DODOCO_DIR to another place"
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            return state, f"{nearest} is not writable: set DODOCO_DIR to a folder that is"
-        return state, ""
+        return state, _unwritable(nearest)
     info = folder.stat() if shared else folder.lstat()
     mode = stat.S_IMODE(info.st_mode)
     state = f"exists, mode {mode:o}, uid {info.st_uid}"
     if problem := distrust(folder, shared=shared):
         return state if folder.is_dir() else "not a folder", problem
+    return state, _unwritable(folder)
+
+
+def _unwritable(folder: Path) -> str:
+    if file_systems.is_read_only(folder):
+        return f"{folder} is on a read-only file system: mount it writable, or set DODOCO_DIR"
     if not os.access(folder, os.W_OK | os.X_OK):
-        return state, f"{folder} is not writable by uid {os.getuid()}: give it write access"
-    return state, ""
+        return (
+            f"{folder} is not writable by uid {os.getuid()}: give it write access, or set "
+            "DODOCO_DIR to a folder that is"
+        )
+    return ""
 
 
-def _try(folder: Path, max_bytes: int) -> tuple[str, str, bool]:
-    """Makes a recording, reads it back and removes it: (what it is like, problem, limited)."""
-    problem = ""
-    for layers in _MODELS:
-        # Without the suffix of recordings: neither listed nor pruned.
-        path = folder / f".dodoco-doctor-{secrets.token_hex(8)}"
-        try:
-            size, slots = _record(path, list(layers), max_bytes)
-        except ValueError as error:
-            problem = f"{error}"
-            continue
-        except OSError as error:
-            return "", f"{error}: set DODOCO_DIR to a folder with room", False
-        finally:
-            path.unlink(missing_ok=True)
-        limited = layers is not _MODELS[0]
-        passes = slots // len(layers)
-        what = "one layer of 8 experts" if limited else _LARGE
-        text = f"{size / 2**20:.2f} MiB for {what}: history of {passes:,} passes"
-        return text, problem, limited
-    return "", problem, False
+def _concerns(folder: Path, kind: str, *, shared: bool) -> list[str]:
+    found = []
+    if file_systems.NETWORK.fullmatch(kind):
+        found.append(
+            f"{kind} is a network file system, where a live recording can look dead and counters old: "
+            "set DODOCO_DIR to a tmpfs of this machine, and copy recordings when they are closed"
+        )
+    elif _C.has_cuda and kind not in file_systems.MEMORY:
+        found.append(
+            f"{kind or 'this'} is not memory, and a GPU writes to tmpfs only: set DODOCO_DIR"
+        )
+    if shared and folder.is_dir():
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if mode & 0o002 and not mode & stat.S_ISVTX:
+            found.append(f"anybody may remove or replace recordings in it: chmod o-w {folder}")
+        if mode & 0o050 != 0o050:
+            found.append(
+                f"its group cannot read it, so no other user's reader can: chmod 2750 {folder}"
+            )
+    return found
+
+
+def _try(folder: Path, max_bytes: int, *, new_folder: bool) -> tuple[str, str, str]:
+    """Makes a recording, in a new folder as the recorder would, reads it back and removes both.
+
+    Returns:
+        What it is like; why there is none, with what to do; and why it was only a small one.
+    """
+    # Without the suffix of recordings: neither listed nor pruned.
+    path, problem = folder / f".dodoco-doctor-{secrets.token_hex(8)}", ""
+    trial = path / "trial" if new_folder else path
+    try:
+        if new_folder:
+            path.mkdir(mode=0o700)
+        for layers in _MODELS:
+            try:
+                size, slots = _record(trial, list(layers), max_bytes)
+            except ValueError as error:
+                problem = f"{error}"
+                continue
+            finally:
+                trial.unlink(missing_ok=True)
+            what = _LARGE if layers is _MODELS[0] else "one layer of 8 experts"
+            passes = slots // len(layers)
+            text = f"{size / 2**20:.2f} MiB for {what}: history of {passes:,} passes"
+            return text, "", problem
+    except OSError as error:
+        return "", f"{error}: set DODOCO_DIR to a folder with room", ""
+    finally:
+        if path.is_dir():
+            path.rmdir()
+    return "", problem, ""
 
 
 def _record(path: Path, layers: list[tuple[int, int]], max_bytes: int) -> tuple[int, int]:
@@ -120,22 +161,8 @@ def _record(path: Path, layers: list[tuple[int, int]], max_bytes: int) -> tuple[
         counts = words[_C.BOARD_WORDS : _C.BOARD_WORDS + 3].tolist()
         if counts != [2, 1, 1]:
             raise OSError(f"a trial recording in {path.parent} read back {counts}, not [2, 1, 1]")
+        if not _C.owner_alive(str(path)):
+            raise OSError(f"locks do not hold in {path.parent}: live recordings would look dead")
         return writer.file_bytes, writer.num_slots
     finally:
         writer.close()
-
-
-def _file_system(path: Path) -> str:
-    try:
-        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    best, kind = "", ""
-    real = str(path.resolve())
-    for line in mounts.splitlines():
-        _, point, found, *_ = line.split(" ")
-        point = point.encode().decode("unicode_escape", errors="replace")
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, found
-    return kind

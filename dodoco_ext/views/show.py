@@ -1,10 +1,11 @@
-"""`dodoco show SOURCE`: the summary of one recording, printed or as JSON."""
+"""`dodoco show SOURCE`: the summary of one recording, or of a window of it, printed or as JSON."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dodoco_ext.views import tables
 from dodoco_ext.views.tables import duration, figure, plain, quantity
@@ -12,24 +13,43 @@ from dodoco_ext.views.tables import duration, figure, plain, quantity
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dodoco_ext.views.summary import Balance, LayerSummary, Summary
+    from dodoco_ext.recording import LayerSnapshot
+    from dodoco_ext.views.summary import Balance, LayerSummary, RankBalance, Summary
 
 SUMMARY_SCHEMA = "dodoco.summary/1"
-_COUNTERS = (
+COUNTERS = (
     *("index", "name", "num_experts", "top_k", "passes", "tokens", "assignments", "padded"),
     *("invalid", "capacity_dropped", "recomputed", "recorded_passes", "in_flight"),
 )
 
 
-def summary_json(summary: Summary, *, experts: bool) -> str:
+class Counted(Protocol):
+    """A layer's counters in some scope, and their balance."""
+
+    @property
+    def counters(self) -> LayerSnapshot:
+        """Exact counters."""
+
+    @property
+    def whole_run(self) -> Balance:
+        """Balance of all counts of the scope."""
+
+    @property
+    def ranks(self) -> RankBalance | None:
+        """The same per expert-parallel rank."""
+
+
+def summary_json(summary: Summary, *, experts: bool, saved: Path | None = None) -> str:
     """The summary as JSON; `experts` adds the counts of every expert."""
-    from dodoco_ext.views.summary import FAULTS, SCOPE
+    from dodoco_ext.views.summary import FAULTS, SCOPE, WINDOW_SCOPE
 
     return tables.to_json(
         {
             "schema": SUMMARY_SCHEMA,
-            "scope": SCOPE,
+            "scope": SCOPE if summary.window is None else WINDOW_SCOPE,
             "recording": summary.recording,
+            "window": summary.window,
+            "saved": None if saved is None else str(saved),
             "mean_of_layers": summary.mean_of_layers,
             "layers": [_layer_dict(layer, experts=experts) for layer in summary.layers],
             "ring": summary.ring,
@@ -43,9 +63,10 @@ def summary_json(summary: Summary, *, experts: bool) -> str:
     )
 
 
-def _layer_dict(layer: LayerSummary, *, experts: bool) -> dict[str, Any]:
+def counted_dict(layer: Counted, *, experts: bool) -> dict[str, Any]:
+    """Counters, balance and ranks of a layer for JSON."""
     counters = layer.counters
-    result = {name: getattr(counters, name) for name in _COUNTERS}
+    result = {name: getattr(counters, name) for name in COUNTERS}
     result["top_k"] = counters.top_k or None
     result["whole_run"] = {
         **tables.as_dict(layer.whole_run),
@@ -54,36 +75,42 @@ def _layer_dict(layer: LayerSummary, *, experts: bool) -> dict[str, Any]:
         "normalized_entropy": counters.normalized_entropy,
         "unused_experts": counters.unused_experts,
     }
-    result["per_pass"] = layer.per_pass
     result["ranks"] = layer.ranks
     if experts:
         result["counts"] = [int(count) for count in counters.counts]
     return result
 
 
-def print_summary(summary: Summary, *, experts: bool) -> None:
+def _layer_dict(layer: LayerSummary, *, experts: bool) -> dict[str, Any]:
+    return {**counted_dict(layer, experts=experts), "per_pass": layer.per_pass}
+
+
+def print_summary(summary: Summary, *, experts: bool, saved: Path | None = None) -> None:
     """Prints the summary of a recording; `experts` adds the busiest and the quietest ones."""
     console = tables.console()
     _print_head(console, summary)
-    label, short = _short_names([layer.counters.name for layer in summary.layers])
+    counters = [layer.counters for layer in summary.layers]
+    names = print_names(console, [c.name for c in counters], [c.in_flight for c in counters])
+    whole = summary.mean_of_layers
+    scope = "Whole run" if summary.window is None else "Since the snapshot"
+    print_balance(console, scope, summary.layers, names, (whole.gini, whole.max_over_mean))
+    print_not_assigned(console, summary.layers, names)
+    _print_per_pass(console, summary, names)
+    print_ranks(console, scope, summary.layers, names)
+    if experts:
+        print_experts(console, scope, summary.layers, names)
+    _print_notes(console, summary)
+    if saved is not None:
+        console.print(f"snapshot saved: {plain(str(saved))}", soft_wrap=True)
+
+
+def print_names(console: Console, names: Sequence[str], in_flight: Sequence[bool]) -> list[str]:
+    """Prints what layer names have in common; returns short ones, with a mark where in flight."""
+    label, short = _short_names(names)
     if label:
         console.print(f"layers: {plain(label)}")
-    marks = {
-        layer.counters.index: "*" if layer.counters.in_flight else "" for layer in summary.layers
-    }
-    names = [
-        plain(name) + marks[layer.counters.index]
-        for name, layer in zip(short, summary.layers, strict=True)
-    ]
     console.print()
-    _print_whole_run(console, summary, names)
-    _print_not_assigned(console, summary, names)
-    _print_per_pass(console, summary, names)
-    if summary.layers[0].ranks is not None:
-        _print_ranks(console, summary, names)
-    if experts:
-        _print_experts(console, summary, names)
-    _print_notes(console, summary)
+    return [plain(name) + "*" * mark for name, mark in zip(short, in_flight, strict=True)]
 
 
 def _print_head(console: Console, summary: Summary) -> None:
@@ -99,39 +126,57 @@ def _print_head(console: Console, summary: Summary) -> None:
     world = f"rank {r.rank} of {r.world_size}"
     others = "; the other ranks have recordings of their own" if (r.world_size or 1) > 1 else ""
     console.print(f"scope     {world} only{others}")
+    if summary.window is not None:
+        w = summary.window
+        taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(w.from_unix_ns / 1e9))
+        console.print(f"window    {duration(w.seconds)}, since {taken}: {plain(w.snapshot)}")
     extra = {k: v for k, v in (r.labels or {}).items() if k != "model_name"}
     if extra:
         console.print("labels    " + ", ".join(f"{plain(k)}={plain(v)}" for k, v in extra.items()))
 
 
-def _print_whole_run(console: Console, summary: Summary, names: list[str]) -> None:
-    shapes = {(s.counters.num_experts, s.counters.top_k) for s in summary.layers}
+def print_balance(
+    console: Console,
+    scope: str,
+    layers: Sequence[Counted],
+    names: list[str],
+    mean: tuple[float, float],
+) -> None:
+    """Prints counters and balance of each layer.
+
+    Args:
+        console: Where to.
+        scope: What the counters cover, the first words of the heading.
+        layers: The layers.
+        names: Their short names.
+        mean: Mean Gini and max/mean of the layers.
+    """
+    shapes = {(s.counters.num_experts, s.counters.top_k) for s in layers}
     shape = ", ".join(f"top {k or '?'} of {e} experts" for e, k in sorted(shapes))
-    console.print(f"Whole run, exact counts (board): {shape}", style="bold")
+    console.print(f"{scope}, exact counts (board): {shape}", style="bold")
     varied = ("experts",) if len(shapes) > 1 else ()
     columns = ("layer", *varied, "passes", "tokens", "assigned", "Gini", "null 95 %")
     table = tables.make_table(
         console, (*columns, "max/mean", "null 95 %", "unused"), left=("layer",)
     )
-    for name, layer in zip(names, summary.layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         c = layer.counters
         counted = (quantity(c.passes), quantity(c.tokens), quantity(c.assignments))
         shape_cell = (f"{c.top_k or '?'} of {c.num_experts}",) if varied else ()
         figures = _balance_cells(layer.whole_run)
         table.add_row(name, *shape_cell, *counted, *figures, str(c.unused_experts))
     if len(names) > 1:
-        whole = summary.mean_of_layers
         blank = [""] * (len(varied) + 3)
-        peak = figure(whole.max_over_mean, 2)
         table.add_section()
-        table.add_row("mean", *blank, figure(whole.gini), "", peak, "", "")
+        table.add_row("mean", *blank, figure(mean[0]), "", figure(mean[1], 2), "", "")
     console.print(table)
     console.print()
 
 
-def _print_not_assigned(console: Console, summary: Summary, names: list[str]) -> None:
+def print_not_assigned(console: Console, layers: Sequence[Counted], names: list[str]) -> None:
+    """Prints what of the passes was not assigned to an expert, where there is any."""
     fields = ("padded", "invalid", "capacity_dropped", "recomputed")
-    if not any(getattr(layer.counters, f) for layer in summary.layers for f in fields):
+    if not any(getattr(layer.counters, f) for layer in layers for f in fields):
         console.print("Not assigned: none (no padding, invalid ids, capacity drops, recomputation)")
         console.print()
         return
@@ -141,7 +186,7 @@ def _print_not_assigned(console: Console, summary: Summary, names: list[str]) ->
     table = tables.make_table(
         console, ("layer", "padded", "invalid", "dropped", "recomputed"), left=("layer",)
     )
-    for name, layer in zip(names, summary.layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         table.add_row(name, *(quantity(getattr(layer.counters, f)) for f in fields))
     console.print(table)
     console.print()
@@ -149,11 +194,12 @@ def _print_not_assigned(console: Console, summary: Summary, names: list[str]) ->
 
 def _print_per_pass(console: Console, summary: Summary, names: list[str]) -> None:
     ring = summary.ring
+    since = "" if summary.window is None else " since the snapshot"
     if not ring.records:
-        console.print("Per pass: no records in the ring yet")
+        console.print(f"Per pass: no records in the ring{since or ' yet'}")
         console.print()
         return
-    console.print("Per pass, mean over the passes still in the ring", style="bold")
+    console.print(f"Per pass, mean over the passes{since} still in the ring", style="bold")
     columns = ("layer", "passes", "tokens/pass", "Gini", "null", "corrected", "max/mean", "null ")
     table = tables.make_table(console, columns, left=("layer",))
     for name, layer in zip(names, summary.layers, strict=True):
@@ -172,26 +218,31 @@ def _print_per_pass(console: Console, summary: Summary, names: list[str]) -> Non
         table.add_row("mean", "", "", *figures, figure(mean.pass_gini_corrected), *peaks)
     console.print(table)
     lost = f", {quantity(ring.lost)} older ones overwritten" if ring.lost else ", none overwritten"
+    held = f"{quantity(ring.records)} of {quantity(ring.slots)} records"
+    if since:
+        held = f"{quantity(ring.records)} records{since}"
     every = f", one iteration in {ring.record_every}" if (ring.record_every or 1) > 1 else ""
     console.print(
-        f"ring: {quantity(ring.records)} of {quantity(ring.slots)} records{lost}; "
+        f"ring: {held}{lost}; "
         f"{quantity(ring.iterations)} iterations, {duration(ring.seconds)} of history{every}"
     )
     console.print()
 
 
-def _print_ranks(console: Console, summary: Summary, names: list[str]) -> None:
-    first = summary.layers[0].ranks
-    assert first is not None, "asked for only where there are ranks"
+def print_ranks(console: Console, scope: str, layers: Sequence[Counted], names: list[str]) -> None:
+    """Prints the balance of expert-parallel ranks, where it was asked for."""
+    first = layers[0].ranks
+    if first is None:
+        return
     console.print(
-        f"Whole run per expert-parallel rank: {first.num_ranks} ranks, "
+        f"{scope} per expert-parallel rank: {first.num_ranks} ranks, "
         "assuming equal contiguous runs of experts",
         style="bold",
     )
     columns = ("layer", "Gini", "null 95 %", "max/mean", "null 95 %", "busiest rank", "its share")
     table = tables.make_table(console, columns, left=("layer",))
     problems = []
-    for name, layer in zip(names, summary.layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         ranks = layer.ranks
         if ranks is None or ranks.balance is None:
             table.add_row(name, "not measurable", *[""] * 5)
@@ -208,13 +259,18 @@ def _print_ranks(console: Console, summary: Summary, names: list[str]) -> None:
     console.print()
 
 
-def _print_experts(console: Console, summary: Summary, names: list[str]) -> None:
-    console.print("Experts, whole run: expert (count over the mean count)", style="bold")
+def print_experts(
+    console: Console, scope: str, layers: Sequence[Counted], names: list[str]
+) -> None:
+    """Prints the busiest and the quietest experts of each layer."""
+    console.print(
+        f"Experts, {scope[0].lower()}{scope[1:]}: expert (count over the mean count)", style="bold"
+    )
     table = tables.make_table(
         console, ("layer", "busiest", "quietest"), left=("layer", "busiest", "quietest")
     )
     shown = max((console.width - 30) // 22, 1)
-    for name, layer in zip(names, summary.layers, strict=True):
+    for name, layer in zip(names, layers, strict=True):
         counts = [int(count) for count in layer.counters.counts]
         mean = sum(counts) / len(counts)
         order = sorted(range(len(counts)), key=lambda e, c=counts: (-c[e], e))  # type: ignore[misc]

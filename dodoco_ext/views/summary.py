@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import _C, metrics
-from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader
+from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader, Snapshot
+from dodoco_ext.snapshots import difference
 from dodoco_ext.sources import Listed
 from dodoco_ext.views.listing import RecordingInfo, describe, texts
 from dodoco_ext.views.null_curve import Band, NullCurve
 
 # Simulations at the layers' own loads that a summary may cost: about a tenth of a second each.
 MAX_LOAD_SIMULATIONS = 24
+
+# In the order of the fields of MeanOfLayers.
+_PASS_FIGURES = ("gini", "gini_null", "gini_corrected", "max_over_mean", "max_over_mean_null")
 
 NO_BAND = Band(math.nan, math.nan, math.nan)
 
@@ -27,6 +31,17 @@ SCOPE = {
     "ranks": "whole run of this rank, experts placed in equal contiguous runs (an assumption)",
     "mean_of_layers": "mean of the layers' figures, every layer of equal weight; none where one is",
     "null": "uniform routing of every token to top_k distinct experts",
+}
+
+WINDOW_SCOPE = {
+    **SCOPE,
+    "whole_run": "this rank only, exact counters (board) of all passes between the saved snapshot and "
+    "now",
+    "per_pass": "this rank only, mean over the passes later than the saved snapshot that are still in "
+    "the ring, every pass of equal weight; by time stamp, so that a pass at the very moment of the "
+    "snapshot may count in one scope and not in the other",
+    "ranks": "between the saved snapshot and now, this rank, experts placed in equal contiguous runs "
+    "(an assumption)",
 }
 
 FAULTS = {
@@ -109,7 +124,7 @@ class Ring:
     Attributes:
         records: Records held (all layers).
         slots: Records it can hold.
-        lost: Records overwritten before now.
+        lost: Records overwritten before now; in a window, those of the window.
         iterations: Distinct iterations among the records held.
         seconds: From the first to the last record held.
         record_every: Iterations between records, as the recording began.
@@ -131,10 +146,34 @@ class Ring:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What a summary covers where it does not begin with the recording.
+
+    Attributes:
+        snapshot: The saved snapshot's file.
+        from_unix_ns: When it was taken.
+        to_unix_ns: When the counters were read for the summary.
+        seconds: Between the two.
+    """
+
+    snapshot: str
+    from_unix_ns: int
+    to_unix_ns: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Summary:
-    """One recording, summarised."""
+    """One recording, summarised.
+
+    Attributes:
+        snapshot: The counters since the recording began, which the summary was made from.
+        window: None where the summary covers all of them.
+    """
 
     recording: RecordingInfo
+    snapshot: Snapshot
+    window: Window | None
     layers: tuple[LayerSummary, ...]
     ring: Ring
     uncovered: list[dict[str, str]]
@@ -147,37 +186,45 @@ class Summary:
         whole = [layer.whole_run for layer in self.layers]
         each = [layer.per_pass for layer in self.layers]
         return MeanOfLayers(
-            *(_mean(getattr(b, name) for b in whole) for name in ("gini", "max_over_mean")),
-            *(
-                _mean(getattr(p, name) for p in each)
-                for name in ("gini", "gini_null", "gini_corrected")
-            ),
-            *(
-                _mean(getattr(p, name) for p in each)
-                for name in ("max_over_mean", "max_over_mean_null")
-            ),
+            *(mean(getattr(b, name) for b in whole) for name in ("gini", "max_over_mean")),
+            *(mean(getattr(p, name) for p in each) for name in _PASS_FIGURES),
         )
 
 
-def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
+def summarise(
+    reader: Reader,
+    *,
+    num_ranks: int | None = None,
+    since: Snapshot | None = None,
+    since_name: str = "the saved snapshot",
+) -> Summary:
     """Summarises one recording.
 
     Args:
         reader: The recording.
         num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: none.
+        since: An earlier snapshot of it: only what happened after that. None: all.
+        since_name: How messages name that snapshot.
+
+    Raises:
+        InputError: The earlier snapshot is not one of this recording.
     """
-    layers = reader.snapshot().layers
+    now = reader.snapshot()
+    counted = now if since is None else difference(now, since, since_name)
+    layers = counted.layers
     held, _, lost = reader.read()
+    window = None
+    if since is not None:
+        window = Window(since_name, since.time_ns, now.time_ns, (now.time_ns - since.time_ns) / 1e9)
+        held = held[held["time_ns"] > since.time_ns]
+        lost = max(sum(layer.recorded_passes for layer in layers) - len(held), 0)
     records, implausible = _plausible(held, layers)
-    families: dict[tuple[int, int], list[LayerSnapshot]] = {}
-    for layer in layers:
-        families.setdefault((layer.num_experts, layer.top_k), []).append(layer)
-    summaries: dict[int, LayerSummary] = {}
     sizes = [0, 0]
     loads_known = True
-    for (_, top_k), members in families.items():
+    each_pass: dict[int, PerPass] = {}
+    for members in _families(layers):
+        top_k = members[0].top_k
         passes = {m.index: records[records["layer"] == m.index] for m in members}
-        whole = _curve([_effective(m.assignments, top_k) for m in members], members[0])
         each = _curve([_effective(p["assignments"], top_k) for p in passes.values()], members[0])
         if each is not None:
             every = np.concatenate(list(passes.values()))["assignments"]
@@ -185,19 +232,17 @@ def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
             sizes[1] += len(each.simulated)
         loads = each is not None and len(layers) * len(each.simulated) <= MAX_LOAD_SIMULATIONS
         loads_known &= loads or each is None
-        folded = _Folding(members, num_ranks) if num_ranks else None
         for m in members:
-            balance = _balance(m.counts, _effective(m.assignments, top_k), whole)
-            summaries[m.index] = LayerSummary(
-                m,
-                balance,
-                _per_pass(passes[m.index], m, each, loads),
-                folded.of(m) if folded else None,
-            )
+            each_pass[m.index] = _per_pass(passes[m.index], m, each, loads)
     fault = reader.header["last_fault"]
     return Summary(
-        recording=describe(Listed(reader.path, reader)),
-        layers=tuple(summaries[index] for index in sorted(summaries)),
+        recording=describe(Listed(reader.path, reader, state=reader.state)),
+        snapshot=now,
+        window=window,
+        layers=tuple(
+            LayerSummary(layer, balance, each_pass[layer.index], ranks)
+            for layer, (balance, ranks) in zip(layers, balances(layers, num_ranks), strict=True)
+        ),
         ring=Ring(
             records=len(held),
             slots=reader.num_slots,
@@ -209,10 +254,38 @@ def summarise(reader: Reader, *, num_ranks: int | None = None) -> Summary:
             null_sizes=(sizes[0], sizes[1]),
             loads_known=loads_known,
         ),
-        uncovered=_uncovered(reader.metadata.get("uncovered")),
+        uncovered=uncovered_of(reader),
         num_faults=reader.header["num_faults"],
         last_fault=_fault_name(fault) if fault else None,
     )
+
+
+def balances(
+    layers: Sequence[LayerSnapshot], num_ranks: int | None = None
+) -> list[tuple[Balance, RankBalance | None]]:
+    """Gini and max/mean of each layer's counts beside their nulls, per expert and per rank.
+
+    Args:
+        layers: Counters of any one scope.
+        num_ranks: Expert-parallel ranks to fold the counts into; None: none.
+    """
+    found: dict[int, tuple[Balance, RankBalance | None]] = {}
+    for members in _families(layers):
+        top_k = members[0].top_k
+        whole = _curve([_effective(m.assignments, top_k) for m in members], members[0])
+        folded = _Folding(members, num_ranks) if num_ranks else None
+        for m in members:
+            balance = _balance(m.counts, _effective(m.assignments, top_k), whole)
+            found[m.index] = balance, folded.of(m) if folded else None
+    return [found[layer.index] for layer in layers]
+
+
+def _families(layers: Sequence[LayerSnapshot]) -> list[list[LayerSnapshot]]:
+    """The layers with equal E and k together: they share nulls."""
+    families: dict[tuple[int, int], list[LayerSnapshot]] = {}
+    for layer in layers:
+        families.setdefault((layer.num_experts, layer.top_k), []).append(layer)
+    return list(families.values())
 
 
 class _Folding:
@@ -283,7 +356,9 @@ def _per_pass(
     else:
         sizes = np.maximum(sizes, 1)
         floor = float(curve.gini_mean(sizes).mean())
-        corrected = curve.corrected_gini(gini, sizes, layer.counts if loads else None)
+        # Records may be newer than the counts: a layer may have some and no load yet.
+        known = loads and np.count_nonzero(layer.counts) >= layer.top_k
+        corrected = curve.corrected_gini(gini, sizes, layer.counts if known else None)
         peak_floor = float(curve.max_over_mean_mean(sizes).mean())
     return PerPass(
         passes=len(records),
@@ -311,7 +386,8 @@ def _plausible(
     return records[kept], int((~sound).sum())
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """The mean; nan where one of the values is."""
     return float(np.mean(np.fromiter(values, np.float64)))
 
 
@@ -331,6 +407,8 @@ def _whole_number(value: object) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _uncovered(value: object) -> list[dict[str, str]]:
+def uncovered_of(reader: Reader) -> list[dict[str, str]]:
+    """Name and reason of what routes in a recording's model and is not observed."""
+    value = reader.metadata.get("uncovered")
     parts = [texts(part) for part in value] if isinstance(value, list) else []
     return [{"name": p.get("name", ""), "reason": p.get("reason", "")} for p in parts]

@@ -5,6 +5,7 @@ Run by test_mutants.py in a process of its own, without torch.
 
 from __future__ import annotations
 
+import struct
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -113,8 +114,31 @@ def check_ring() -> None:
     probe.recorder.close()
 
 
+def check_wrap() -> None:
+    """A ring whose epochs wrap from 2^32 - 1 to 1 loses nothing and invents nothing."""
+    probe = cases.Probe.open((4, 2), max_bytes=40000)
+    slots = probe.reader.num_slots
+    start = ((1 << 32) - 3) * slots + 5
+    image = probe.path.read_bytes()
+    table = [struct.unpack_from("<IIQ", image, 248 + 40 * i) for i in range(64)]
+    ring = next(offset for kind, _, offset in table if kind == 4)
+    with probe.path.open("r+b") as file:
+        file.seek(ring)
+        file.write(struct.pack("<Q", start))
+    cursor = probe.reader.cursor()
+    assert cursor == (start,)
+    assert len(probe.reader.records()) == 0  # never written, whatever the head says
+    for passes in range(1, 4 * slots):
+        assert probe.record_ids(np.zeros((passes, 1), np.int64)) == 0
+        records, cursor, lost = probe.reader.read(cursor)
+        assert (records["tokens"].tolist(), lost) == ([passes], 0)
+    kept = probe.reader.records()["tokens"]
+    assert kept.tolist() == list(range(3 * slots, 4 * slots))
+    probe.recorder.close()
+
+
 if __name__ == "__main__":
     assert Path(_C.__file__).parent == Path(sys.argv[1]), "the mutant is not what was imported"
-    for check in (check_passes, check_statistics, check_ring, check_ids, check_maps):
+    for check in (check_passes, check_statistics, check_ring, check_wrap, check_ids, check_maps):
         check()
     print("all equal")

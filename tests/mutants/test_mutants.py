@@ -134,6 +134,18 @@ MUTANTS = [
     Mutant("shifts the Gini bins", "board.h", "* kGiniBins / (", "* (kGiniBins - 1) / ("),
     Mutant("puts bounds into the bin below", "board.h", "eighths >=", "eighths >"),
     Mutant("takes the next size class", "board.h", "= 63 - static", "= 64 - static"),
+    Mutant(
+        "forgets to say that a pass began",
+        "board.h",
+        "add_to_own_word(block_ + kStartedPasses, 1);",
+        "",
+    ),
+    Mutant(
+        "lets an epoch be zero",
+        "ring.h",
+        "std::uint64_t{lap_epoch(head >> log2_slots_)} << 32",
+        "((head >> log2_slots_) + 1) << 32",
+    ),
     Mutant("leaves the head where it is", "ring.h", "store_word(&header_->head, head + 1);", ""),
     Mutant(
         "loses one slot", "ring.h", "i < kSlotWords; ++i) store", "i + 1 < kSlotWords; ++i) store"
@@ -176,7 +188,7 @@ MUTANTS = [
     Mutant(
         "forgets what was lost",
         "recording_reader.cpp",
-        "result.lost += oldest - result.next;",
+        "result.lost += head - ring.num_slots - result.next;",
         "",
         rebuild="recording_reader.cpp",
     ),
