@@ -55,7 +55,7 @@ py::tuple ring_of(const RecordingReader& reader, std::uint32_t lane, std::uint64
 // Raised by hand, because the exception carries why the file cannot be read.
 void translate(std::exception_ptr thrown, PyObject* type) {
   try {
-    if (thrown) std::rethrow_exception(thrown);
+    if (thrown) std::rethrow_exception(std::move(thrown));
   } catch (const RecordingError& error) {
     const py::object raised = py::reinterpret_borrow<py::object>(type)(error.what());
     raised.attr("state") = name_of(error.problem());

@@ -82,10 +82,19 @@ ENDS = {
 }
 
 
+# Whoever started the tests may have them ignored, as nohup and a shell's & do.
+USUAL_SIGNALS = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGSEGV, signal.SIGABRT):
+    signal.signal(number, signal.SIG_DFL)
+"""
+
+
 @pytest.mark.parametrize("how", ENDS)
 def test_however_a_process_ends_its_passes_are_kept(how: str) -> None:
     code, status, state = ENDS[how]
-    with process("sys.stderr.close(); probe.record_ids(IDS); " + code) as (child, path):
+    end = f"{USUAL_SIGNALS}\nsys.stderr.close(); probe.record_ids(IDS); {code}"
+    with process(end) as (child, path):
         assert child.wait() == status
         reader = dodoco.open(path)
         assert reader.state == state
