@@ -15,7 +15,7 @@ needs_root = pytest.mark.skipif(
 )
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("DODOCO_")},
-    # Found by name, as nothing of a user's own start-up files is wanted here.
+    # The package and the tests' helpers, wherever such a process starts.
     "PYTHONPATH": os.pathsep.join(
         [str(Path(dodoco.__file__).parent.parent), str(Path(__file__).parent)]
     ),

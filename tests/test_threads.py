@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -259,6 +260,19 @@ def test_a_lane_that_does_not_exist_is_refused(lane: int) -> None:
     probe = Laned.make()
     with pytest.raises(InputError, match=rf"lane {lane}: this recording has 3"):
         probe.recorder.use_lane(lane).__enter__()
+    probe.recorder.close()
+
+
+def test_a_thread_that_never_leaves_a_lane_is_told_so() -> None:
+    probe = Laned.make()
+    with ExitStack() as stack:
+        for _ in range(16):
+            stack.enter_context(probe.recorder.use_lane(1))
+        with pytest.raises(InputError, match="at most 16 lanes"):
+            probe.recorder.use_lane(2).__enter__()
+        probe.record_ids(IDS)
+    probe.record_ids(IDS)
+    assert [probe.passes(lane)[0] for lane in range(LANES)] == [1, 1, 0]
     probe.recorder.close()
 
 
