@@ -63,7 +63,6 @@ void register_writer(py::module_& m) {
            py::arg("num_lanes") = 1, py::arg("max_bytes") = std::uint64_t{8} << 20,
            py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1)
       .def("lane", &RecordingWriter::lane, py::return_value_policy::reference)
-      .def_property_readonly("num_lanes", &RecordingWriter::num_lanes)
       .def(
           "bind_site",
           [](RecordingWriter& writer, std::uintptr_t address, std::uint32_t lane,

@@ -37,7 +37,6 @@ class RecordingWriter {
   // Lanes outlive the writer on purpose: a site tensor kept by compiled code or a captured graph
   // still points at one.
   Lane* lane(std::uint32_t index) { return lanes_.at(index); }
-  std::uint32_t num_lanes() const { return static_cast<std::uint32_t>(lanes_.size()); }
 
   // Fills the Site at `address` (64 bytes that stay where they are until close()).
   void bind_site(void* address, std::uint32_t lane, std::uint64_t layer);

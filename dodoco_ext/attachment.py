@@ -103,7 +103,8 @@ class Attachment:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._releases: list[weakref.finalize[..., Any]] = []
-        self._reader: Reader | None = None
+        # Opened now: later, somebody may have removed the file.
+        self._reader = Reader(recorder.path)
         self._thread = threading.local()
         try:
             for index, router in enumerate(routers):
@@ -133,8 +134,6 @@ class Attachment:
     @property
     def reader(self) -> Reader:
         """A reader of the recording; it goes on working after `detach()`."""
-        if self._reader is None:
-            self._reader = Reader(self.path)
         return self._reader
 
     def snapshot(self) -> Snapshot:

@@ -48,7 +48,7 @@ RECORD_DTYPE = np.dtype(
     ]
 )
 ROUTE = 1
-_COUNTERS = (
+COUNTERS = (
     "passes",
     "tokens",
     "assignments",
@@ -58,6 +58,10 @@ _COUNTERS = (
     "recomputed",
     "recorded_passes",
 )
+"""Fields of a `LayerSnapshot` that are single counters, in the order of the board's words."""
+
+ARRAYS = ("counts", "gini_histogram", "max_over_mean_histogram")
+"""Fields of a `LayerSnapshot` that are arrays of counters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +139,9 @@ class LayerSnapshot:
         if not isinstance(earlier, LayerSnapshot):
             return NotImplemented
         changed: dict[str, Any] = {
-            name: getattr(self, name) - getattr(earlier, name) for name in _COUNTERS
+            name: getattr(self, name) - getattr(earlier, name) for name in COUNTERS
         }
-        for name in ("counts", "gini_histogram", "max_over_mean_histogram"):
+        for name in ARRAYS:
             changed[name] = getattr(self, name) - getattr(earlier, name)
         if self.passes < earlier.passes:
             raise InputError("a later snapshot was subtracted from an earlier one: swap them")
@@ -321,7 +325,8 @@ class Reader:
         if len(parts) == 1:
             return parts[0], tuple(following), lost
         merged = np.concatenate(parts)
-        return merged[np.argsort(merged["time_ns"], kind="stable")], tuple(following), lost
+        order = np.argsort(np.ascontiguousarray(merged["time_ns"]), kind="stable")
+        return merged.take(order), tuple(following), lost
 
     def records(self) -> NDArray[np.void]:
         """All records that the ring still holds, oldest first, dtype `RECORD_DTYPE`."""
@@ -337,7 +342,7 @@ class Reader:
             total = words if total is None else total + words
             in_flight = in_flight or not consistent
         assert total is not None, "a recording has at least one lane"
-        counters = {name: int(total[word]) for word, name in enumerate(_COUNTERS)}
+        counters = {name: int(total[word]) for word, name in enumerate(COUNTERS)}
         histograms = total[len(total) - _C.SIZE_CLASSES * (_C.GINI_BINS + _C.MAX_MEAN_BINS) :]
         split = _C.SIZE_CLASSES * _C.GINI_BINS
         return LayerSnapshot(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dodoco_ext import _C
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import LayerSnapshot, Snapshot
+from dodoco_ext.recording import ARRAYS, COUNTERS, LayerSnapshot, Snapshot
 
 SCHEMA = "dodoco.snapshot/1"
 
@@ -24,15 +24,10 @@ MAX_BYTES = 32 << 20
 MAX_EXPERTS = 65536
 MAX_LAYERS = 65536
 
-_COUNTERS = (
-    *("passes", "tokens", "assignments", "padded", "invalid", "capacity_dropped"),
-    *("recomputed", "recorded_passes"),
-)
 _HISTOGRAMS = {
     "gini_histogram": (_C.SIZE_CLASSES, _C.GINI_BINS),
     "max_over_mean_histogram": (_C.SIZE_CLASSES, _C.MAX_MEAN_BINS),
 }
-_ARRAYS = ("counts", *_HISTOGRAMS)
 _WORD = (1 << 64) - 1
 
 
@@ -105,8 +100,8 @@ def difference(now: Snapshot, earlier: Snapshot, name: str = "the earlier snapsh
             f"{name} has other layers than its recording: it was changed; save it anew"
         )
     for a, b in zip(now.layers, earlier.layers, strict=True):
-        falls = [field for field in _COUNTERS if getattr(a, field) < getattr(b, field)]
-        falls += [field for field in _ARRAYS if (getattr(a, field) < getattr(b, field)).any()]
+        falls = [field for field in COUNTERS if getattr(a, field) < getattr(b, field)]
+        falls += [field for field in ARRAYS if (getattr(a, field) < getattr(b, field)).any()]
         if falls or now.time_ns < earlier.time_ns:
             what = f"{falls[0]} of layer {a.name!r}" if falls else "the time"
             raise InputError(f"{name} is later than the recording ({what}): swap them")
@@ -147,10 +142,10 @@ def _replace(target: Path, text: str) -> None:
 
 
 def _layer_dict(layer: LayerSnapshot) -> dict[str, Any]:
-    scalars = ("index", "name", "num_experts", "top_k", *_COUNTERS, "in_flight")
+    scalars = ("index", "name", "num_experts", "top_k", *COUNTERS, "in_flight")
     return {
         **{name: getattr(layer, name) for name in scalars},
-        **{name: getattr(layer, name).tolist() for name in _ARRAYS},
+        **{name: getattr(layer, name).tolist() for name in ARRAYS},
     }
 
 
@@ -210,7 +205,7 @@ def _layer(index: int, data: Any) -> LayerSnapshot:
         raise _Wrong(f"{where} has top {top_k} of {num_experts} experts")
     if _integer(layer, "index", where) != index:
         raise _Wrong(f"{where} has index {layer['index']}")
-    values: dict[str, Any] = {field: _integer(layer, field, where) for field in _COUNTERS}
+    values: dict[str, Any] = {field: _integer(layer, field, where) for field in COUNTERS}
     values["counts"] = _array(layer, "counts", where, num_experts)
     for field, (rows, columns) in _HISTOGRAMS.items():
         row_list = layer.get(field)

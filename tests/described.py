@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dodoco_ext.recording import RECORD_DTYPE, Reader
+from dodoco_ext.recording import COUNTERS, RECORD_DTYPE, Reader
 from format_reader import FormatReader
 
 HEADER = (
@@ -22,16 +22,6 @@ HEADER = (
     "num_lanes",
     "num_faults",
     "last_fault",
-)
-COUNTERS = (
-    "passes",
-    "tokens",
-    "assignments",
-    "padded",
-    "invalid",
-    "capacity_dropped",
-    "recomputed",
-    "recorded_passes",
 )
 RECORD = tuple(name for name in RECORD_DTYPE.names or () if name != "reserved")
 Described = dict[str, Any]

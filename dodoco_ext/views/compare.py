@@ -17,9 +17,9 @@ from dodoco_ext.recording import LayerSnapshot, Snapshot
 from dodoco_ext.snapshots import load_snapshot, looks_saved, shape
 from dodoco_ext.sources import open_recording
 from dodoco_ext.views import tables
+from dodoco_ext.views.balances import NO_BAND, mean
 from dodoco_ext.views.null_curve import Band
 from dodoco_ext.views.show import print_names
-from dodoco_ext.views.summary import NO_BAND, mean
 from dodoco_ext.views.tables import duration, figure, plain, quantity
 
 if TYPE_CHECKING:

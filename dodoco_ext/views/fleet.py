@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dodoco_ext.alignment import Aligned
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import SCOPE as FLEET_SCOPE
-from dodoco_ext.fleet import Aligned, Fleet, Superseded, Unread, is_named, spans
+from dodoco_ext.fleet import Fleet, Superseded, is_named, spans
+from dodoco_ext.fleet_snapshot import Unread
 from dodoco_ext.recording import LayerSnapshot
 from dodoco_ext.sources import Listed
 from dodoco_ext.views import tables
+from dodoco_ext.views.balances import Balance, RankBalance, balances, mean
 from dodoco_ext.views.listing import describe
 from dodoco_ext.views.show import (
     counted_dict,
@@ -22,7 +25,7 @@ from dodoco_ext.views.show import (
     print_not_assigned,
     print_ranks,
 )
-from dodoco_ext.views.summary import Balance, RankBalance, balances, mean, uncovered_of
+from dodoco_ext.views.summary import uncovered_of
 from dodoco_ext.views.tables import figure, plain, quantity
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dodoco_ext.recording import COUNTERS
 from dodoco_ext.views import tables
 from dodoco_ext.views.tables import duration, figure, plain, quantity
 
@@ -14,13 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dodoco_ext.recording import LayerSnapshot
-    from dodoco_ext.views.summary import Balance, LayerSummary, RankBalance, Summary
+    from dodoco_ext.views.balances import Balance, RankBalance
+    from dodoco_ext.views.summary import LayerSummary, Summary
 
 SUMMARY_SCHEMA = "dodoco.summary/1"
-COUNTERS = (
-    *("index", "name", "num_experts", "top_k", "passes", "tokens", "assignments", "padded"),
-    *("invalid", "capacity_dropped", "recomputed", "recorded_passes", "in_flight"),
-)
+LAYER_FIELDS = ("index", "name", "num_experts", "top_k", *COUNTERS, "in_flight")
 
 
 class Counted(Protocol):
@@ -66,7 +65,7 @@ def summary_json(summary: Summary, *, experts: bool, saved: Path | None = None) 
 def counted_dict(layer: Counted, *, experts: bool) -> dict[str, Any]:
     """Counters, balance and ranks of a layer for JSON."""
     counters = layer.counters
-    result = {name: getattr(counters, name) for name in COUNTERS}
+    result = {name: getattr(counters, name) for name in LAYER_FIELDS}
     result["top_k"] = counters.top_k or None
     result["whole_run"] = {
         **tables.as_dict(layer.whole_run),

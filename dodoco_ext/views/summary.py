@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +12,23 @@ from dodoco_ext import _C, metrics
 from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader, Snapshot
 from dodoco_ext.snapshots import difference
 from dodoco_ext.sources import Listed
+from dodoco_ext.views.balances import (
+    Balance,
+    RankBalance,
+    balances,
+    curve_over,
+    effective,
+    families,
+    mean,
+)
 from dodoco_ext.views.listing import RecordingInfo, describe, texts
-from dodoco_ext.views.null_curve import Band, NullCurve
+from dodoco_ext.views.null_curve import NullCurve
 
 # Simulations at the layers' own loads that a summary may cost: about a tenth of a second each.
 MAX_LOAD_SIMULATIONS = 24
 
 # In the order of the fields of MeanOfLayers.
 _PASS_FIGURES = ("gini", "gini_null", "gini_corrected", "max_over_mean", "max_over_mean_null")
-
-NO_BAND = Band(math.nan, math.nan, math.nan)
 
 SCOPE = {
     "whole_run": "this rank only, exact counters of all passes since the recording began (board)",
@@ -52,27 +57,6 @@ FAULTS = {
     "COPIED_SITE": "the model was copied after attach(); passes of the copy are not recorded",
     "INTERNAL": "an error inside a probe; that probe is off",
 }
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Gini and max/mean of one histogram, each beside its null (nan where top_k is unknown)."""
-
-    gini: float
-    gini_null: Band
-    max_over_mean: float
-    max_over_mean_null: Band
-
-
-@dataclass(frozen=True)
-class RankBalance:
-    """The whole run per expert-parallel rank; `balance` is None where it is not measurable."""
-
-    num_ranks: int
-    counts: list[int] | None = None
-    busiest: int | None = None
-    balance: Balance | None = None
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,13 +206,13 @@ def summarise(
     sizes = [0, 0]
     loads_known = True
     each_pass: dict[int, PerPass] = {}
-    for members in _families(layers):
+    for members in families(layers):
         top_k = members[0].top_k
         passes = {m.index: records[records["layer"] == m.index] for m in members}
-        each = _curve([_effective(p["assignments"], top_k) for p in passes.values()], members[0])
+        each = curve_over([effective(p["assignments"], top_k) for p in passes.values()], members[0])
         if each is not None:
             every = np.concatenate(list(passes.values()))["assignments"]
-            sizes[0] += len(np.unique(_effective(every, top_k)))
+            sizes[0] += len(np.unique(effective(every, top_k)))
             sizes[1] += len(each.simulated)
         loads = each is not None and len(layers) * len(each.simulated) <= MAX_LOAD_SIMULATIONS
         loads_known &= loads or each is None
@@ -260,85 +244,6 @@ def summarise(
     )
 
 
-def balances(
-    layers: Sequence[LayerSnapshot], num_ranks: int | None = None
-) -> list[tuple[Balance, RankBalance | None]]:
-    """Gini and max/mean of each layer's counts beside their nulls, per expert and per rank.
-
-    Args:
-        layers: Counters of any one scope.
-        num_ranks: Expert-parallel ranks to fold the counts into; None: none.
-    """
-    found: dict[int, tuple[Balance, RankBalance | None]] = {}
-    for members in _families(layers):
-        top_k = members[0].top_k
-        whole = _curve([_effective(m.assignments, top_k) for m in members], members[0])
-        folded = _Folding(members, num_ranks) if num_ranks else None
-        for m in members:
-            balance = _balance(m.counts, _effective(m.assignments, top_k), whole)
-            found[m.index] = balance, folded.of(m) if folded else None
-    return [found[layer.index] for layer in layers]
-
-
-def _families(layers: Sequence[LayerSnapshot]) -> list[list[LayerSnapshot]]:
-    """The layers with equal E and k together: they share nulls."""
-    families: dict[tuple[int, int], list[LayerSnapshot]] = {}
-    for layer in layers:
-        families.setdefault((layer.num_experts, layer.top_k), []).append(layer)
-    return list(families.values())
-
-
-class _Folding:
-    """Folds the counts of layers with equal E and k into expert-parallel ranks."""
-
-    def __init__(self, members: list[LayerSnapshot], num_ranks: int) -> None:
-        self.num_ranks = num_ranks
-        num_experts = members[0].num_experts
-        self.placement = None
-        self.problem = f"{num_ranks} ranks do not divide {num_experts} experts"
-        if num_experts % num_ranks == 0:
-            self.placement = metrics.contiguous_placement(num_experts, num_ranks)
-            sizes = [_effective(m.assignments, m.top_k) for m in members]
-            self.curve = _curve(sizes, members[0], self.placement)
-
-    def of(self, layer: LayerSnapshot) -> RankBalance:
-        if self.placement is None:
-            return RankBalance(self.num_ranks, problem=self.problem)
-        counts = metrics.rank_counts(layer.counts, self.placement)
-        return RankBalance(
-            self.num_ranks,
-            counts=[int(count) for count in counts],
-            busiest=int(counts.argmax()) if counts.any() else None,
-            balance=_balance(counts, _effective(layer.assignments, layer.top_k), self.curve),
-        )
-
-
-def _effective(assignments: Any, top_k: int) -> Any:
-    # Tokens that the null must assume so that its assignments are those counted: rows may have lost
-    # some of their k to padding or capacity. 0 where k is unknown, and nothing is known of the null.
-    return np.rint(np.asarray(assignments) / top_k).astype(np.int64) if top_k else 0
-
-
-def _curve(
-    sizes: Iterable[Any], layer: LayerSnapshot, placement: NDArray[np.int64] | None = None
-) -> NullCurve | None:
-    flat = np.concatenate([np.atleast_1d(size) for size in sizes])
-    flat = flat[flat > 0]
-    if not flat.size:
-        return None
-    return NullCurve.over(flat, layer.num_experts, layer.top_k, placement)
-
-
-def _balance(counts: NDArray[Any], tokens: Any, curve: NullCurve | None) -> Balance:
-    known = curve is not None and tokens > 0
-    return Balance(
-        float(metrics.gini(counts)),
-        curve.gini_band(int(tokens)) if curve is not None and known else NO_BAND,
-        float(metrics.max_over_mean(counts)),
-        curve.max_over_mean_band(int(tokens)) if curve is not None and known else NO_BAND,
-    )
-
-
 def _per_pass(
     records: NDArray[np.void], layer: LayerSnapshot, curve: NullCurve | None, loads: bool
 ) -> PerPass:
@@ -350,7 +255,7 @@ def _per_pass(
         )
     )
     peaks = layer.num_experts * records["max_count"] / records["assignments"].astype(np.float64)
-    sizes = _effective(records["assignments"], layer.top_k)
+    sizes = effective(records["assignments"], layer.top_k)
     if curve is None:
         floor, corrected, peak_floor = math.nan, math.nan, math.nan
     else:
@@ -384,11 +289,6 @@ def _plausible(
     counted = (records["type"] == ROUTE) & (records["direction"] == 0) & ~records["recompute"]
     kept = sound & counted & (records["assignments"] > 0)
     return records[kept], int((~sound).sum())
-
-
-def mean(values: Iterable[float]) -> float:
-    """The mean; nan where one of the values is."""
-    return float(np.mean(np.fromiter(values, np.float64)))
 
 
 def _span_s(records: NDArray[np.void]) -> float:
