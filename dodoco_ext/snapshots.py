@@ -72,8 +72,9 @@ def load_snapshot(path: str | os.PathLike[str]) -> Snapshot:
             wrong.
     """
     source = Path(path)
+    text = _read(source)
     try:
-        data = json.loads(_read(source), parse_constant=_refuse)
+        data = json.loads(text.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InputError(f"{source} is not a saved snapshot: {error}") from None
     try:
@@ -149,7 +150,7 @@ def _layer_dict(layer: LayerSnapshot) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> bytes:
     try:
         # Non-blocking: a FIFO of that name must not hang the reader.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -162,10 +163,12 @@ def _read(path: Path) -> str:
         raise
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read the snapshot {path}: {reason}") from None
+        raise InputError(
+            f"cannot read the snapshot {path}: {reason}; make one with `dodoco show --save FILE`"
+        ) from None
     if len(data) > MAX_BYTES:
         raise InputError(f"{path} is not a saved snapshot: longer than {MAX_BYTES} bytes")
-    return data.decode("utf-8")
+    return data
 
 
 def _refuse(constant: str) -> NoReturn:
