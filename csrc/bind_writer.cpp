@@ -20,7 +20,10 @@ void register_writer(py::module_& m) {
       .value("TOO_LARGE", Fault::kTooLarge)
       .value("UNSUPPORTED_DEVICE", Fault::kUnsupportedDevice)
       .value("COPIED_SITE", Fault::kCopiedSite)
-      .value("INTERNAL", Fault::kInternal);
+      .value("INTERNAL", Fault::kInternal)
+      .value("NO_DEVICE", Fault::kNoDevice)
+      .value("NO_LANE", Fault::kNoLane)
+      .value("DEVICE_ERROR", Fault::kDeviceError);
 
   // The settings of a lane that may change while it records. Lanes are never freed.
   py::class_<Lane, std::unique_ptr<Lane, py::nodelete>>(m, "Lane")

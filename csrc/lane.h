@@ -38,6 +38,8 @@ enum class RecordResult : int {
   kBadShape = -2,
   kTooLarge = -3,
   kBadSite = -4,
+  kNoLane = -5,       // more streams at the same time than device lanes
+  kDeviceError = -6,  // the driver refused the launch
 };
 
 inline std::uint64_t monotonic_ns() {
