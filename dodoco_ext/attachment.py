@@ -7,7 +7,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MethodType, TracebackType
@@ -17,6 +17,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import _C, ops
+from dodoco_ext.device import MAX_EXPERTS
 from dodoco_ext.errors import InputError, NothingToObserve
 from dodoco_ext.integrations.transformers import Router, find_routers
 from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
@@ -95,10 +96,18 @@ class Attachment:
         uncovered: Parts of the model that route and are not observed, with the reason.
     """
 
-    def __init__(self, routers: tuple[Router, ...], recorder: Recorder) -> None:
+    def __init__(self, routers: Sequence[Router], recorder: Recorder) -> None:
         self.path: Path = recorder.path
         self.layers = recorder.layers
-        self.uncovered = recorder.uncovered
+        refused = recorder.refused
+        self.uncovered = (
+            *recorder.uncovered,
+            *(
+                Uncovered(r.name, refused[p])
+                for r in routers
+                if (p := _place_of(r.module)) in refused
+            ),
+        )
         self._recorder = recorder
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -115,7 +124,10 @@ class Attachment:
 
     def _install(self, index: int, router: Router) -> None:
         module = router.module
-        site = ops.make_site(self._recorder, index)
+        place = _place_of(module)
+        if place in self._recorder.refused:
+            return
+        site = ops.make_site(self._recorder, index, place)
         setattr(module, _SITE, site)
         self._modules.add(module)
         # Nobody has to keep the attachment: the recording lives as long as the model does.
@@ -151,27 +163,36 @@ class Attachment:
         Raises:
             InputError: There is no such lane.
         """
-        with self._recorder.use_lane(index) as lane:
-            before = getattr(self._thread, "lane", None)
-            self._thread.lane = lane
+        with self._recorder.use_lane(index):
+            before = self._own_lane()
+            self._thread.lane = index
             try:
                 yield
             finally:
                 self._thread.lane = before
 
-    def _own_lane(self) -> _C.Lane:
-        lane: _C.Lane | None = getattr(self._thread, "lane", None)
-        return lane or self._recorder.lane
+    def _own_lane(self) -> int | None:
+        lane: int | None = getattr(self._thread, "lane", None)
+        return lane
+
+    def _set(self, name: str, value: int, lane: int | None = None) -> None:
+        try:
+            self._recorder.set(name, value, lane)
+        except RuntimeError as error:
+            raise InputError(f"{name} cannot be set now: {error}") from None
 
     @property
     def enabled(self) -> bool:
-        """Whether passes are counted. Turned off, a pass only advances the iteration."""
-        return self._recorder.lane.enabled
+        """Whether passes are counted. Turned off, a pass only advances the iteration.
+
+        On a device, this and the settings below take effect in the order of the current stream, also
+        for graphs that it replays afterwards. None can be set while the stream is being captured.
+        """
+        return bool(self._recorder.get("enabled"))
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        for lane in self._recorder.lanes:
-            lane.enabled = value
+        self._set("enabled", int(value))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -186,37 +207,36 @@ class Attachment:
     @property
     def num_valid(self) -> int | None:
         """Rows of the next passes that are real; the rest is counted as padding. None: all."""
-        value = self._own_lane().num_valid
+        value = self._recorder.get("num_valid", self._own_lane())
         return None if value < 0 else value
 
     @num_valid.setter
     def num_valid(self, value: int | None) -> None:
         if value is not None and value < 0:
             raise InputError(f"num_valid={value}: give the number of real rows, or None for all")
-        self._own_lane().num_valid = -1 if value is None else value
+        self._set("num_valid", -1 if value is None else value, self._own_lane())
 
     @property
     def record_every(self) -> int:
         """Iterations between ring records; the board counts every pass regardless."""
-        return self._recorder.lane.record_every
+        return self._recorder.get("record_every")
 
     @record_every.setter
     def record_every(self, value: int) -> None:
         if value < 1:
             raise InputError(f"record_every={value}: give 1 for every iteration, or more")
-        for lane in self._recorder.lanes:
-            lane.record_every = value
+        self._set("record_every", value)
 
     @property
     def microbatch(self) -> int:
         """Micro-batch index written into the records of the next passes, 0 to 65535."""
-        return self._own_lane().microbatch
+        return self._recorder.get("microbatch", self._own_lane())
 
     @microbatch.setter
     def microbatch(self, value: int) -> None:
         if not 0 <= value < 1 << 16:
             raise InputError(f"microbatch={value}: give 0 to 65535")
-        self._own_lane().microbatch = value
+        self._set("microbatch", value, self._own_lane())
 
     def detach(self) -> None:
         """Removes every probe and closes the recording, which stays readable. Idempotent."""
@@ -248,7 +268,7 @@ class Attachment:
 def attach(
     model: torch.nn.Module,
     *,
-    lanes: int = 1,
+    lanes: int | None = None,
     labels: Mapping[str, str] | None = None,
     settings: Settings | None = None,
 ) -> Attachment:
@@ -256,7 +276,10 @@ def attach(
 
     Args:
         model: A transformers MoE model, or any module that contains one.
-        lanes: Threads that run the model at the same time; see `Attachment.lane()`.
+        lanes: Threads that run the model at the same time; see `Attachment.lane()`. On a device:
+            streams that do, the one that captures it into graphs included. Each stream takes a lane
+            when it first runs the model; graphs that are replayed at the same time must be captured
+            on streams of their own. None: one thread, two streams.
         labels: Text to find the recording by, such as `{"model_name": "my-moe"}`.
         settings: Where and how to record; by default what `DODOCO_*` says.
 
@@ -278,19 +301,26 @@ def attach(
     uncovered = list(found.uncovered)
     routers = []
     for router in found.routers:
-        device = _device_of(router.module)
-        if device in ("cpu", "meta"):
-            routers.append(router)
-        else:
-            reason = f"it is on {device}, and this build of dodoco-ext records on the CPU only"
+        if reason := _why_not(router):
             uncovered.append(Uncovered(router.name, reason))
+        else:
+            routers.append(router)
     if not routers:
         raise NothingToObserve(_nothing_found(model, uncovered))
     for part in uncovered:
         log.warning("not observed: %s: %s", part.name, part.reason)
     layers = [LayerSpec(router.name, router.num_experts, router.top_k) for router in routers]
-    recorder = Recorder(layers, uncovered=uncovered, lanes=lanes, labels=labels, settings=settings)
-    attachment = Attachment(tuple(routers), recorder)
+    places = [_place_of(router.module) for router in routers]
+    recorder = Recorder(
+        layers,
+        uncovered=uncovered,
+        lanes=lanes,
+        devices=tuple(dict.fromkeys(places)),
+        forms={r.form for r, place in zip(routers, places, strict=True) if place != "cpu"},
+        labels=labels,
+        settings=settings,
+    )
+    attachment = Attachment(routers, recorder)
     _forget_compiled_code()
     log.info("recording %d layers to %s", len(layers), recorder.path)
     return attachment
@@ -307,10 +337,31 @@ def _remove_copied_probe(module: torch.nn.Module) -> None:
             del hooks[key]
 
 
-def _device_of(module: torch.nn.Module) -> str:
+def _device_of(module: torch.nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device.type
-    return "cpu"
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _place_of(module: torch.nn.Module) -> str:
+    """`cpu`, or `cuda:N`. What is on no device yet runs on the host."""
+    device = _device_of(module)
+    if device.type != "cuda":
+        return "cpu"
+    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
+
+
+def _why_not(router: Router) -> str:
+    """Why a router cannot be observed where it is; "" if it can."""
+    device = _device_of(router.module)
+    if device.type in ("cpu", "meta"):
+        return ""
+    if device.type != "cuda" or torch.version.hip is not None:
+        kind = "an AMD GPU" if device.type == "cuda" else f"a device of type {device.type}"
+        return f"it is on {kind}, and dodoco-ext records on CPUs and NVIDIA GPUs"
+    if router.num_experts > MAX_EXPERTS:
+        return f"it has {router.num_experts} experts, and on a GPU {MAX_EXPERTS} can be counted"
+    return ""
 
 
 def _nothing_found(model: torch.nn.Module, uncovered: list[Uncovered]) -> str:

@@ -22,7 +22,11 @@ _FAULTS = {
     -2: _C.Fault.BAD_SHAPE,
     -3: _C.Fault.TOO_LARGE,
     -4: _C.Fault.INTERNAL,
+    -5: _C.Fault.NO_LANE,
+    -6: _C.Fault.DEVICE_ERROR,
 }
+# Faults of one call: the probe stays on.
+_PASSING = (_C.Fault.COPIED_SITE, _C.Fault.NO_LANE)
 # Address of a bound site -> its recorder and the name of the layer. Keeps the recorder open.
 _bound: dict[int, tuple[Recorder, str]] = {}
 _logged: set[tuple[int, str]] = set()
@@ -32,23 +36,28 @@ _record_map = _C.route_map
 _in_backward = torch._C._current_graph_task_id
 
 
-def make_site(recorder: Recorder, layer: int) -> torch.Tensor:
+def make_site(recorder: Recorder, layer: int, place: str = "cpu") -> torch.Tensor:
     """Creates the site of a layer.
 
     Args:
         recorder: The open recording.
         layer: Index of the layer in `recorder.layers`.
+        place: Where the layer's choices will be: `cpu`, or one of `recorder.devices`.
 
     Returns:
-        int64 [8] on the CPU; it must be passed whole, and a copy of it records nothing.
+        int64 [8] in that place; it must be passed whole, and a copy of it records nothing.
     """
-    with torch.inference_mode(False):
-        site = torch.zeros(_C.SITE_BYTES // 8, dtype=torch.int64)
+    if place != "cpu":
+        site = recorder.devices[place].site(layer)
+    else:
+        with torch.inference_mode(False):
+            site = torch.zeros(_C.SITE_BYTES // 8, dtype=torch.int64)
     # What torch._dynamo.mark_static_address(site, guard=False) sets, without importing the
     # compiler: CUDA graphs need the static address, a guard on it would recompile every layer.
     site._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
     address = site.data_ptr()
-    recorder.bind(layer, site, address)
+    if place == "cpu":
+        recorder.bind(layer, site, address)
     _bound[address] = (recorder, recorder.layers[layer].name)
     return site
 
@@ -71,14 +80,15 @@ def report_fault(site: torch.Tensor, fault: _C.Fault, detail: str) -> None:
 
     A copied site is only logged: its original goes on recording.
     """
-    original = int(site[1].item())
+    # A device's site is not read back: that would wait for the device.
+    original = site.data_ptr() if site.is_cuda else int(site[1].item())
     recorder, name = _bound.get(original, (None, "a detached layer"))
     if (original, fault.name) not in _logged:
         _logged.add((original, fault.name))
         log.error("telemetry fault %s at %s: %s", fault.name, name, detail)
     if recorder is not None:
         recorder.add_fault(fault)
-    if fault != _C.Fault.COPIED_SITE:
+    if fault not in _PASSING:
         site[0] = 0
 
 
@@ -87,13 +97,27 @@ def _refused(result: int, tensor: torch.Tensor, site: torch.Tensor) -> None:
     detail = (
         f"{tensor.dtype} of shape {list(tensor.shape)} cannot be recorded; this probe is now off"
     )
-    if result == -1:
+    if result == -1 and tensor.device.type != site.device.type:
+        detail = (
+            f"the router is on {tensor.device} now, and was on {site.device.type} when it was attached "
+            "to: attach() after moving the model"
+        )
+    elif result == -1:
         detail = (
             "a copy of the site arrived, so nothing was recorded: either the model was copied "
             "(attach to the copy), or a compiler backend clones what an op may change (use "
             "inductor or eager)"
         )
+    elif result == -5:
+        detail = (
+            "more streams run the model than there are lanes, so this pass was not recorded: "
+            "attach(model, lanes=N) with as many lanes as streams"
+        )
     report_fault(site, _FAULTS[result], detail)
+
+
+def _stream_of(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _route_ids(ids: torch.Tensor, site: torch.Tensor) -> None:
@@ -109,15 +133,10 @@ def _route_ids(ids: torch.Tensor, site: torch.Tensor) -> None:
         return
     rows, k = ids.shape
     row_stride, slot_stride = ids.stride()
-    result = _record_ids(
-        site.data_ptr(),
-        ids.data_ptr(),
-        id_bytes,
-        rows,
-        k,
-        row_stride,
-        slot_stride,
-        _in_backward() != -1,
+    call = (site.data_ptr(), ids.data_ptr(), id_bytes, rows, k, row_stride, slot_stride)
+    again = _in_backward() != -1
+    result = (
+        _C.launch_ids(*call, again, _stream_of(ids)) if ids.is_cuda else _record_ids(*call, again)
     )
     if result < 0:
         _refused(result, ids, site)
@@ -136,7 +155,7 @@ def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) ->
         return
     rows, columns = routing_map.shape
     row_stride, column_stride = routing_map.stride()
-    result = _record_map(
+    call = (
         site.data_ptr(),
         routing_map.data_ptr(),
         packed,
@@ -144,7 +163,12 @@ def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) ->
         columns,
         row_stride,
         column_stride,
-        _in_backward() != -1,
+    )
+    again = _in_backward() != -1
+    result = (
+        _C.launch_map(*call, again, _stream_of(routing_map))
+        if routing_map.is_cuda
+        else _record_map(*call, again)
     )
     if result < 0:
         _refused(result, routing_map, site)
@@ -162,7 +186,7 @@ def _elsewhere(tensor: torch.Tensor, site: torch.Tensor) -> None:
     report_fault(
         site,
         _C.Fault.UNSUPPORTED_DEVICE,
-        f"a router on {tensor.device}: this build records CPU tensors only",
+        f"a router on {tensor.device}: CPU and CUDA tensors are recorded",
     )
 
 
@@ -194,13 +218,14 @@ for _name, _argument, _implementation in (
 ):
     _library.define(f"{_name}(Tensor {_argument}, Tensor(a!) site) -> ()")
     _library.impl(_name, _implementation, "CPU")
+    _library.impl(_name, _implementation, "CUDA")
     _library.impl(_name, _elsewhere, "CompositeExplicitAutograd")
     _library.impl(_name, _fake, "Meta")
     # Ids have no gradient: skip autograd's boxed fallback, a microsecond a call.
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 # What compiled code calls in place of report_fault(), which no compiler can trace.
 _library.define("extraction_failed(Tensor(a!) site) -> ()")
-_library.impl("extraction_failed", _extraction_failed, "CPU")
+_library.impl("extraction_failed", _extraction_failed, "CompositeExplicitAutograd")
 _library.impl("extraction_failed", _fake, "Meta")
 _library.impl("extraction_failed", torch.library.fallthrough_kernel, "Autograd")
 

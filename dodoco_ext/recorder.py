@@ -12,17 +12,22 @@ import shutil
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dodoco_ext import _C, __version__
+from dodoco_ext.device import FORMS, Device
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.folders import distrust
 from dodoco_ext.pruning import prune
 from dodoco_ext.settings import SUFFIX, Settings
 
 log = logging.getLogger("dodoco")
+
+# Lanes of a device where nobody asked for more: one for the stream that runs the model, one for the
+# stream that captures it.
+DEVICE_LANES = 2
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,10 @@ class Recorder:
         layers: The observed layers, in execution order: the next iteration starts where a pass
             does not come after the last one in it.
         uncovered: What is not observed; written into the recording, so that readers can say so.
-        lanes: Writers that record at the same time; see `use_lane()`.
+        lanes: Writers that record at the same time; see `use_lane()`. None: one thread, and as many
+            streams a device as running and capturing a model take.
+        devices: Where layers are: `cpu`, `cuda:0` and so on.
+        forms: Forms in which choices arrive on devices; see `device.FORMS`.
         labels: Text to find the recording by, such as `{"model_name": ...}`.
         settings: Where and how to record; the environment's by default.
 
@@ -69,7 +77,10 @@ class Recorder:
         uncovered: What is not observed.
         run: Name of the run: the first part of the file's name.
         path: The recording's file.
-        lanes: The settings of each lane that may change while it records.
+        lanes: The lanes of the host; none where all layers are on devices.
+        devices: The devices that record, by name.
+        refused: The devices that could not be set up, with the reason. The recording says so as a
+            fault, and `site()` of their layers cannot be had.
     """
 
     def __init__(
@@ -77,7 +88,9 @@ class Recorder:
         layers: Sequence[LayerSpec],
         *,
         uncovered: Sequence[Uncovered] = (),
-        lanes: int = 1,
+        lanes: int | None = None,
+        devices: Sequence[str] = ("cpu",),
+        forms: Collection[str] = tuple(FORMS),
         labels: Mapping[str, str] | None = None,
         settings: Settings | None = None,
     ) -> None:
@@ -90,16 +103,28 @@ class Recorder:
                     f"layer {layer.name!r}: top_k={layer.top_k} of num_experts={layer.num_experts} "
                     "is impossible; give 0 <= top_k <= num_experts"
                 )
-        if not 1 <= lanes <= _C.MAX_LANES:
-            raise InputError(f"lanes={lanes}: give 1 to {_C.MAX_LANES}")
+        self.num_lanes = 1 if lanes is None else lanes
+        places = _lanes_of(devices, lanes)
         self.run = self.settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        metadata = self._metadata(labels or {}, lanes)
-        self._writer, self.path = self._create(metadata, lanes)
-        self.lanes = tuple(self._writer.lane(index) for index in range(lanes))
-        for lane in self.lanes:
-            lane.record_every = self.settings.record_every
+        metadata = self._metadata(labels or {}, places)
+        self._writer, self.path = self._create(metadata, len(places))
+        self.lanes = tuple(self._writer.lane(i) for i, at in enumerate(places) if at == "cpu")
         self._sites: list[object] = []
-        self._finalizer = weakref.finalize(self, self._writer.close)
+        self.devices: dict[str, Device] = {}
+        self.refused: dict[str, str] = {}
+        self._finalizer = weakref.finalize(self, _close, self._writer, self.devices)
+        for name in dict.fromkeys(at for at in places if at != "cpu"):
+            self._set_up(name, places.index(name), places.count(name), forms)
+        self.set("record_every", self.settings.record_every)
+
+    def _set_up(self, name: str, first: int, count: int, forms: Collection[str]) -> None:
+        shapes = [(layer.num_experts, layer.top_k) for layer in self.layers]
+        try:
+            self.devices[name] = Device(self._writer, name, first, count, shapes, forms)
+        except Exception as error:  # telemetry never takes down its host
+            self.refused[name] = f"{type(error).__name__}: {error}"
+            self.add_fault(_C.Fault.NO_DEVICE)
+            log.error("nothing on %s is recorded: %s", name, self.refused[name])
 
     def bind(self, layer: int, site: object, address: int) -> None:
         """Makes `site`, an object with `_C.SITE_BYTES` bytes at `address`, stand for a layer."""
@@ -108,12 +133,41 @@ class Recorder:
 
     @property
     def lane(self) -> _C.Lane:
-        """The lane that takes what threads record outside `use_lane()`."""
+        """The host's lane that takes what threads record outside `use_lane()`."""
         return self.lanes[0]
 
+    def set(self, name: str, value: int, lane: int | None = None) -> None:
+        """Changes a setting of lanes for the passes that follow.
+
+        On a device it takes its turn in the current stream. Where no lane is named, `enabled` and
+        `record_every` change in all of them, `num_valid` and `microbatch` in the host's first one
+        and in all of a device's, as streams choose theirs by themselves.
+
+        Raises:
+            RuntimeError: The current stream is being captured into a graph.
+        """
+        if lane is not None:
+            host = self.lanes[lane : lane + 1]
+        else:
+            host = self.lanes if name in ("enabled", "record_every") else self.lanes[:1]
+        # Devices first: they may refuse, and nothing has changed then.
+        for device in self.devices.values():
+            device.set(name, value, lane)
+        for each in host:
+            setattr(each, name, value)
+
+    def get(self, name: str, lane: int | None = None) -> int:
+        """A setting of a lane, or of the first one."""
+        index = lane or 0
+        if index < len(self.lanes):
+            return int(getattr(self.lanes[index], name))
+        for device in self.devices.values():
+            return device.get(name, index)
+        return int(getattr(self._writer.lane(index), name))  # nothing records through any lane
+
     @contextlib.contextmanager
-    def use_lane(self, index: int) -> Iterator[_C.Lane]:
-        """Makes a lane the one that the calling thread records through.
+    def use_lane(self, index: int) -> Iterator[None]:
+        """Makes a lane the one that the calling thread records through, on the host and on devices.
 
         Threads that run one model at the same time each use a lane of their own: then the iterations
         of each are consecutive in its records, and no thread waits for another. Threads that share
@@ -122,19 +176,22 @@ class Recorder:
         Raises:
             InputError: There is no such lane, or 16 are in use by this thread.
         """
-        if not 0 <= index < len(self.lanes):
+        if not 0 <= index < self.num_lanes:
             raise InputError(
-                f"lane {index}: this recording has {len(self.lanes)}, numbered from 0; ask for more "
+                f"lane {index}: this recording has {self.num_lanes}, numbered from 0; ask for more "
                 "with lanes="
             )
+        choices: list[object] = []
         try:
-            choice = _C.LaneChoice(self.lanes[0], self.lanes[index])
+            if self.lanes:
+                choices.append(_C.LaneChoice(self.lanes[0], self.lanes[index]))
+            choices += [device.use_lane(index) for device in self.devices.values()]
         except ValueError as error:
             raise InputError(str(error)) from None
         try:
-            yield self.lanes[index]
+            yield
         finally:
-            del choice
+            choices.clear()
 
     def add_fault(self, fault: _C.Fault) -> None:
         """Counts a telemetry fault in the recording's header."""
@@ -154,7 +211,7 @@ class Recorder:
         """Ends the recording: later passes are ignored, the file is marked closed. Idempotent."""
         self._finalizer()
 
-    def _metadata(self, labels: Mapping[str, str], lanes: int) -> str:
+    def _metadata(self, labels: Mapping[str, str], places: Sequence[str]) -> str:
         for name, value in labels.items():
             if not isinstance(name, str) or not isinstance(value, str):
                 raise InputError(f"label {name!r}={value!r}: names and values must be strings")
@@ -162,11 +219,11 @@ class Recorder:
         return json.dumps(
             {
                 "run": self.run,
-                "lanes": ["host", *(f"host {index}" for index in range(1, lanes))],
+                "lanes": _names_of(places),
                 "layers": [asdict(layer) for layer in self.layers],
                 "uncovered": [asdict(part) for part in self.uncovered],
                 "labels": dict(labels),
-                "backend": "cpu",
+                "backend": "+".join(sorted({place.partition(":")[0] for place in places})),
                 "record_every": self.settings.record_every,
                 "program": Path(sys.argv[0]).name if sys.argv else "",
                 "host": platform.node(),
@@ -219,6 +276,41 @@ class Recorder:
             "cannot create a recording: " + "; ".join(refusals) + ". Set DODOCO_DIR to a folder "
             "with room"
         )
+
+
+def _lanes_of(devices: Sequence[str], lanes: int | None) -> list[str]:
+    """The place of every lane: the host's first, then device by device."""
+    if not devices:
+        raise InputError("devices=(): name at least one, as in ('cpu',)")
+    others = sorted(set(devices) - {"cpu"}, key=lambda name: (len(name), name))
+    for name in others:
+        if not name.removeprefix("cuda:").isdigit():
+            raise InputError(f"device {name!r}: give 'cpu' or 'cuda:N'")
+    on_host, most = "cpu" in devices, _C.MAX_LANES // len({*devices})
+    if lanes is not None and not 1 <= lanes <= most:
+        where = f" with {len({*devices})} devices" if len({*devices}) > 1 else ""
+        raise InputError(f"lanes={lanes}: give 1 to {most}{where}")
+    places = ["cpu"] * (lanes or 1) if on_host else []
+    each = max(lanes or 1, min(DEVICE_LANES, (_C.MAX_LANES - len(places)) // max(len(others), 1)))
+    places += [name for name in others for _ in range(each)]
+    if len(places) > _C.MAX_LANES:
+        raise InputError(
+            f"{len(places)} lanes for {', '.join(devices)}: {_C.MAX_LANES} are possible"
+        )
+    return places
+
+
+def _names_of(places: Sequence[str]) -> list[str]:
+    """What lanes are called in a recording: `host`, `host 1`, `cuda:0`, `cuda:0 1`."""
+    numbers = [places[:index].count(place) for index, place in enumerate(places)]
+    names = ["host" if place == "cpu" else place for place in places]
+    return [f"{name} {n}" if n else name for name, n in zip(names, numbers, strict=True)]
+
+
+def _close(writer: _C.RecordingWriter, devices: dict[str, Device]) -> None:
+    for device in devices.values():
+        device.close()
+    writer.close()
 
 
 def prepare_directory(directory: Path, *, shared: bool) -> None:

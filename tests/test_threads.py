@@ -281,8 +281,8 @@ def test_settings_are_each_lanes_own_and_readers_know_the_lanes_names() -> None:
     probe.recorder.lanes[1].microbatch = 5
     probe.recorder.lanes[2].enabled = False
     for lane in range(LANES):
-        with probe.recorder.use_lane(lane) as used:
-            assert used.microbatch == (5 if lane == 1 else 0)
+        with probe.recorder.use_lane(lane):
+            assert probe.recorder.get("microbatch", lane) == (5 if lane == 1 else 0)
             probe.record_ids(IDS)
     assert [probe.passes(lane)[0] for lane in range(LANES)] == [1, 1, 0]
     records = probe.reader.records()

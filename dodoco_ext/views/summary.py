@@ -56,6 +56,9 @@ FAULTS = {
     "UNSUPPORTED_DEVICE": "a router on a device that this build does not record; that probe is off",
     "COPIED_SITE": "the model was copied after attach(); passes of the copy are not recorded",
     "INTERNAL": "an error inside a probe; that probe is off",
+    "NO_DEVICE": "a device could not be set up; nothing on it is recorded, and its layers show zeros",
+    "NO_LANE": "more streams at the same time than lanes; some passes are not recorded",
+    "DEVICE_ERROR": "a device refused a launch; that probe is off",
 }
 
 

@@ -1,0 +1,133 @@
+"""The lanes of a recording on one CUDA device: arena, kernels, settings, sites.
+
+What this module imports is light: torch is there when a model is on a device, Triton compiles the
+kernels when a device is set up, and neither is needed to record on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dodoco_ext import _C
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_EXPERTS = 1024
+"""Most experts of a layer that the kernel counts."""
+
+FORMS = {"ids": 0, "map": 1, "bits": 2}
+"""Forms in which a router's choice arrives, by the number that kernels know them by."""
+
+
+class Device:
+    """Lanes of one CUDA device, ready to record: every kernel is compiled and loaded.
+
+    Args:
+        writer: The recording.
+        name: The device, such as `cuda:0`.
+        first_lane: The first of its lanes in the recording.
+        num_lanes: Its lanes: streams that record at the same time.
+        shapes: `(num_experts, top_k)` of each layer.
+        forms: Forms of choice to compile for; keys of `FORMS`.
+
+    Raises:
+        OSError: The driver refused something; nothing is left behind.
+        ImportError: Triton is not installed.
+        RuntimeError: A kernel could not be compiled.
+    """
+
+    def __init__(
+        self,
+        writer: _C.RecordingWriter,
+        name: str,
+        first_lane: int,
+        num_lanes: int,
+        shapes: Sequence[tuple[int, int]],
+        forms: Collection[str],
+    ) -> None:
+        self.name = name
+        self.index = int(name.removeprefix("cuda:"))
+        capability = _C.device_capability(self.index)
+        # Compiled before anything is pinned: the capability is all that compiling needs.
+        from dodoco_ext.triton_kernels import build
+
+        kernels = build.compile_kernels(set(shapes), {FORMS[form] for form in forms}, capability)
+        clock = build.compile_clock(capability)
+        self._lanes = _C.DeviceLanes(writer, self.index, first_lane, num_lanes)
+        try:
+            for kernel in kernels:
+                self._lanes.add_kernel(
+                    kernel.form,
+                    kernel.id_bytes,
+                    kernel.shared,
+                    kernel.num_experts,
+                    kernel.block_k,
+                    kernel.rows_per_program,
+                    kernel.max_programs,
+                    kernel.max_rows,
+                    kernel.name,
+                    kernel.num_warps,
+                    kernel.shared_bytes,
+                    kernel.code,
+                )
+            self._lanes.calibrate_clock(*clock)
+        except BaseException:
+            self._lanes.close()
+            raise
+
+    def site(self, layer: int) -> torch.Tensor:
+        """The site of a layer: int64 [8] in the arena, which torch neither owns nor frees."""
+        import torch
+
+        with torch.inference_mode(False):
+            return torch.as_tensor(_ArenaWords(self._lanes.site_address(layer)), device=self.name)
+
+    def use_lane(self, lane: int) -> _C.DeviceLaneChoice:
+        """Sends what the calling thread launches through a lane while the result is alive."""
+        return _C.DeviceLaneChoice(self._lanes, lane)
+
+    def set(self, name: str, value: int, lane: int | None = None) -> None:
+        """Changes a setting in the order of the current stream.
+
+        Args:
+            name: One of the lane's settings, such as `num_valid`.
+            value: Its new value.
+            lane: One of the device's lanes; None: all.
+
+        Raises:
+            RuntimeError: The stream is capturing: a graph would set the value at each replay.
+            OSError: The driver refused.
+        """
+        import torch
+
+        stream = torch.cuda.current_stream(self.index).cuda_stream
+        if lane is None:
+            self._lanes.set_all(name, value, stream)
+        else:
+            self._lanes.set(lane, name, value, stream)
+
+    def get(self, name: str, lane: int = 0) -> int:
+        """The value last set."""
+        return self._lanes.get(lane, name)
+
+    def close(self) -> None:
+        """Waits for what was launched, then lets go of the recording and the arena.
+
+        After a capture both stay mapped for the life of the process, switched off: a graph that is
+        replayed later finds them so.
+        """
+        self._lanes.close()
+
+
+class _ArenaWords:
+    """Eight words at a device address, as torch takes them without a copy."""
+
+    def __init__(self, address: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (_C.SITE_BYTES // 8,),
+            "typestr": "<i8",
+            "data": (address, False),
+            "version": 3,
+        }
