@@ -2,6 +2,7 @@
 // DLPack's C interface, since a handful of attribute look-ups in Python costs
 // more than counting.
 #include "bindings.h"
+#include "device_lanes.h"
 #include "dlpack.h"
 #include "lane.h"
 
@@ -36,10 +37,11 @@ long call_for_integer(PyObject* function) {
   return value;
 }
 
-// True: described. False: not a tensor in this machine's memory; no error is
-// set.
+// True: described. False: not a tensor in the memory of this machine or of a
+// CUDA device; no error is set.
 bool describe(PyObject* object, dlpack::Tensor* tensor) {
-  if (g_torch.api->describe(object, tensor) == 0) return tensor->device_type == dlpack::kCpu;
+  if (g_torch.api->describe(object, tensor) == 0)
+    return tensor->device_type == dlpack::kCpu || tensor->device_type == dlpack::kCuda;
   PyErr_Clear();
   return false;
 }
@@ -88,6 +90,33 @@ RecordResult record_map(const dlpack::Tensor& t, const void* site, bool packed, 
   return record(site, map, map.rows * map.columns, recomputed);
 }
 
+// The same for tensors on a device, in its framework's current stream.
+RecordResult record_on_device(std::uintptr_t site, const DeviceTensor& tensor, cuda::Stream stream,
+                              bool recomputed) {
+  DeviceLanes* lanes = DeviceLanes::of_site(site);
+  return lanes == nullptr ? RecordResult::kCopiedSite
+                          : lanes->launch(site, tensor, stream, recomputed);
+}
+
+RecordResult record_on_device(const dlpack::Tensor& t, const dlpack::Tensor& site, Form form,
+                              bool recomputed) {
+  void* stream = nullptr;
+  if (g_torch.api->current_work_stream == nullptr ||
+      g_torch.api->current_work_stream(t.device_type, t.device_id, &stream) != 0) {
+    PyErr_Clear();
+    return RecordResult::kDeviceError;
+  }
+  const DeviceTensor tensor{t.address(),
+                            static_cast<ChoiceForm>(form),
+                            form == kIds ? t.type_bits / 8 : 0,
+                            t.shape[0],
+                            t.shape[1],
+                            t.strides[0],
+                            t.strides[1]};
+  return record_on_device(reinterpret_cast<std::uintptr_t>(site.address()), tensor,
+                          static_cast<cuda::Stream>(stream), recomputed);
+}
+
 // Records what needs no conversion; the rest is for the general body.
 template <Form form>
 Outcome record_plain(PyObject* object, PyObject* site_object) {
@@ -98,9 +127,16 @@ Outcome record_plain(PyObject* object, PyObject* site_object) {
     return Outcome::kNotPlain;
   }
   const bool recomputed = call_for_integer(g_torch.graph_task_id) != -1;
-  const RecordResult result = form == kIds
-                                  ? record_ids(tensor, site.address(), recomputed)
-                                  : record_map(tensor, site.address(), form == kBits, recomputed);
+  RecordResult result;
+  if (site.device_type != tensor.device_type || site.device_id != tensor.device_id) {
+    result = RecordResult::kCopiedSite;  // the model was moved: neither is looked into
+  } else if (tensor.device_type == dlpack::kCuda) {
+    result = record_on_device(tensor, site, form, recomputed);
+  } else if (form == kIds) {
+    result = record_ids(tensor, site.address(), recomputed);
+  } else {
+    result = record_map(tensor, site.address(), form == kBits, recomputed);
+  }
   return settle(result, object, site_object);
 }
 
@@ -163,6 +199,35 @@ PyObject* route_map(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyLong_FromLong(static_cast<long>(record(site, map, a[3] * a[4], a[7] != 0)));
 }
 
+// launch_ids(site, data, bytes_per_id, rows, k, row_stride, slot_stride,
+// recomputed, stream) -> result: route_ids() for tensors on a device
+PyObject* launch_ids(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::int64_t a[9];
+  if (!to_integers(args, count, 9, a)) return nullptr;
+  const DeviceTensor ids{reinterpret_cast<const void*>(a[1]),
+                         ChoiceForm::kIds,
+                         static_cast<int>(a[2]),
+                         a[3],
+                         a[4],
+                         a[5],
+                         a[6]};
+  const RecordResult result = record_on_device(static_cast<std::uintptr_t>(a[0]), ids,
+                                               reinterpret_cast<cuda::Stream>(a[8]), a[7] != 0);
+  return PyLong_FromLong(static_cast<long>(result));
+}
+
+// launch_map(site, data, packed, rows, columns, row_stride, column_stride,
+// recomputed, stream) -> result: route_map() for tensors on a device
+PyObject* launch_map(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  std::int64_t a[9];
+  if (!to_integers(args, count, 9, a)) return nullptr;
+  const ChoiceForm form = a[2] != 0 ? ChoiceForm::kBitMap : ChoiceForm::kByteMap;
+  const DeviceTensor map{reinterpret_cast<const void*>(a[1]), form, 0, a[3], a[4], a[5], a[6]};
+  const RecordResult result = record_on_device(static_cast<std::uintptr_t>(a[0]), map,
+                                               reinterpret_cast<cuda::Stream>(a[8]), a[7] != 0);
+  return PyLong_FromLong(static_cast<long>(result));
+}
+
 // use_torch(exchange_api, tensor_type, graph_task_id, dispatch_stack_length,
 //           general_ids, general_map, general_bits, fault)
 // -> whether the bodies below can be used; if not, the general ones serve alone
@@ -186,6 +251,8 @@ PyCFunction fast() noexcept {
 PyMethodDef kOps[] = {
     {"route_ids", fast<route_ids>(), METH_FASTCALL, "Records expert ids."},
     {"route_map", fast<route_map>(), METH_FASTCALL, "Records a routing map."},
+    {"launch_ids", fast<launch_ids>(), METH_FASTCALL, "Records expert ids on a device."},
+    {"launch_map", fast<launch_map>(), METH_FASTCALL, "Records a routing map on a device."},
     {"use_torch", fast<use_torch>(), METH_FASTCALL, "Says how to read and judge tensors."},
     {"op_ids", fast<route<kIds>>(), METH_FASTCALL, "Body of dodoco::route_ids."},
     {"op_map", fast<route<kMap>>(), METH_FASTCALL, "Body of dodoco::route_map."},

@@ -41,7 +41,8 @@ void register_writer(py::module_& m) {
           [](Lane& lane, std::uint16_t value) { lane.control()->microbatch = value; });
 
   py::class_<LaneChoice>(m, "LaneChoice")
-      .def(py::init<const Lane*, Lane*>(), py::arg("site_lane"), py::arg("chosen"));
+      .def(py::init([](const Lane* usual, Lane* chosen) { return new LaneChoice(usual, chosen); }),
+           py::arg("usual"), py::arg("chosen"));
 
   py::class_<RecordingWriter>(m, "RecordingWriter")
       .def(py::init([](std::string path, std::string metadata,

@@ -8,5 +8,6 @@ namespace dodoco {
 void register_writer(pybind11::module_& m);
 void register_reader(pybind11::module_& m);
 void register_ops(pybind11::module_& m);
+void register_device(pybind11::module_& m);
 
 }  // namespace dodoco

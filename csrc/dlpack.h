@@ -9,6 +9,7 @@ namespace dodoco::dlpack {
 
 constexpr std::uint32_t kMajorVersion = 1;
 constexpr std::int32_t kCpu = 1;
+constexpr std::int32_t kCuda = 2;
 enum TypeCode : std::uint8_t { kInt = 0, kUnsigned = 1, kBool = 6 };
 
 struct Tensor {
@@ -31,7 +32,8 @@ struct ExchangeApi {
   void* other[3];
   int (*describe)(void* object,
                   Tensor* out);  // may be null; 0, or -1 with a Python error set
-  void* current_work_stream;
+  // the framework's current stream of a device; 0, or -1 with a Python error set
+  int (*current_work_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
 static_assert(sizeof(ExchangeApi) == 56);
 

@@ -158,13 +158,13 @@ RecordResult Lane::record(std::uint64_t layer_index, const MapTensor& map, bool 
 
 thread_local LaneChoice::OfThread LaneChoice::of_thread_{};
 
-LaneChoice::LaneChoice(const Lane* site_lane, Lane* chosen) {
+LaneChoice::LaneChoice(const void* usual, void* chosen) {
   static std::atomic<std::uint64_t> last_id{0};
   OfThread& choices = of_thread_;
   if (choices.count == std::size(choices.entries))
     throw std::length_error("a thread may choose at most 16 lanes at a time: leave one first");
   id_ = ++last_id;
-  choices.entries[choices.count++] = {site_lane, chosen, id_};
+  choices.entries[choices.count++] = {usual, chosen, id_};
 }
 
 LaneChoice::~LaneChoice() {
@@ -183,7 +183,8 @@ RecordResult at_site(const void* address, const Tensor& tensor, bool recomputed)
   const std::uint64_t magic = load_word(&site->magic);
   if (magic != kSiteMagic) return magic == 0 ? RecordResult::kIgnored : RecordResult::kBadSite;
   if (site->self != reinterpret_cast<std::uintptr_t>(address)) return RecordResult::kCopiedSite;
-  Lane* lane = LaneChoice::resolve(reinterpret_cast<Lane*>(site->lane));
+  auto* lane = reinterpret_cast<Lane*>(site->lane);
+  if (void* chosen = LaneChoice::instead_of(lane)) lane = static_cast<Lane*>(chosen);
   return lane->record(site->layer, tensor, recomputed);
 }
 

@@ -87,30 +87,30 @@ class Lane {
   std::vector<std::uint32_t> scratch_;
 };
 
-// Sends what the thread that makes it records through `site_lane`, the lane that sites name, to
-// `chosen` for as long as it lives: threads that run one model at the same time each get a lane of
-// their own. Choices for several recordings may hold at once. One that is destroyed in another
-// thread stays with the first until that ends.
+// Sends what the thread that makes it records through the lane `chosen`, in place of what `usual`
+// stands for: the lane that sites name, or a device's lanes. For as long as it lives: threads that
+// run one model at the same time each get a lane of their own. Choices for several recordings may
+// hold at once. One that is destroyed in another thread stays with the first until that ends.
 class LaneChoice {
  public:
   // Throws std::length_error where a thread has too many at once.
-  LaneChoice(const Lane* site_lane, Lane* chosen);
+  LaneChoice(const void* usual, void* chosen);
   ~LaneChoice();
   LaneChoice(const LaneChoice&) = delete;
   LaneChoice& operator=(const LaneChoice&) = delete;
 
-  // The lane that this thread's passes go to.
-  static Lane* resolve(Lane* site_lane) {
+  // What this thread's passes go to in place of `usual`; null where it chose nothing.
+  static void* instead_of(const void* usual) {
     const OfThread& choices = of_thread_;
     for (std::uint32_t i = choices.count; i-- > 0;)
-      if (choices.entries[i].site_lane == site_lane) return choices.entries[i].chosen;
-    return site_lane;
+      if (choices.entries[i].usual == usual) return choices.entries[i].chosen;
+    return nullptr;
   }
 
  private:
   struct Entry {
-    const Lane* site_lane;
-    Lane* chosen;
+    const void* usual;
+    void* chosen;
     std::uint64_t id;
   };
   struct OfThread {  // by value: nothing in it can dangle, as lanes are never freed

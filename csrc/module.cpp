@@ -20,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   dodoco::register_writer(m);
   dodoco::register_reader(m);
   dodoco::register_ops(m);
+  dodoco::register_device(m);
 }

@@ -256,6 +256,13 @@ void RecordingWriter::bind_site(void* address, std::uint32_t lane, std::uint64_t
   sites_.push_back(site);
 }
 
+const Section& RecordingWriter::section(SectionKind kind, std::uint32_t lane) const {
+  for (const Section& section : sections_) {
+    if (section.kind == static_cast<std::uint32_t>(kind) && section.lane == lane) return section;
+  }
+  throw std::out_of_range("no lane " + std::to_string(lane) + " in this recording");
+}
+
 void RecordingWriter::add_fault(Fault fault) {
   if (base_ == nullptr) return;
   auto* header = reinterpret_cast<FileHeader*>(base_);
@@ -277,7 +284,7 @@ void RecordingWriter::close() {
     __atomic_store_n(&header->state, static_cast<std::uint32_t>(FileState::kClosed),
                      __ATOMIC_RELEASE);
   }
-  ::munmap(base_, file_bytes_);
+  if (holders_ == 0) ::munmap(base_, file_bytes_);
   base_ = nullptr;
   if (owner) ::close(lock_fd_);
   lock_fd_ = -1;

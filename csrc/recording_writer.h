@@ -46,6 +46,16 @@ class RecordingWriter {
   // Stops recording, marks the file closed, releases the lock. Idempotent.
   void close();
 
+  // For lanes that a device writes: where the parts of the file lie in memory. Null once closed.
+  std::uint8_t* base() const { return base_; }
+  std::uint32_t num_lanes() const { return static_cast<std::uint32_t>(lanes_.size()); }
+  const std::vector<LayerEntry>& layers() const { return layers_; }
+  const Section& section(SectionKind kind, std::uint32_t lane) const;
+
+  // Keeps the file mapped after close(), until as many calls of release() as of hold().
+  void hold() { ++holders_; }
+  void release() { --holders_; }
+
   std::uint64_t num_slots() const { return num_slots_; }
   std::uint64_t file_bytes() const { return file_bytes_; }
   bool closed() const { return base_ == nullptr; }
@@ -62,6 +72,7 @@ class RecordingWriter {
   std::vector<Site*> sites_;
   std::uint8_t* base_ = nullptr;
   int lock_fd_ = -1;
+  int holders_ = 0;
 };
 
 }  // namespace dodoco

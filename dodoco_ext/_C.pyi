@@ -33,6 +33,9 @@ class Fault(enum.Enum):
     UNSUPPORTED_DEVICE = 4
     COPIED_SITE = 5
     INTERNAL = 6
+    NO_DEVICE = 7
+    NO_LANE = 8
+    DEVICE_ERROR = 9
 
 class Lane:
     enabled: bool
@@ -41,7 +44,7 @@ class Lane:
     microbatch: int
 
 class LaneChoice:
-    def __init__(self, site_lane: Lane, chosen: Lane) -> None: ...
+    def __init__(self, usual: Lane, chosen: Lane) -> None: ...
 
 class RecordingWriter:
     def __init__(
@@ -67,6 +70,42 @@ class RecordingWriter:
     @property
     def file_bytes(self) -> int: ...
 
+class DeviceLanes:
+    def __init__(
+        self, writer: RecordingWriter, device: int, first_lane: int, num_lanes: int
+    ) -> None: ...
+    def add_kernel(
+        self,
+        form: int,
+        id_bytes: int,
+        shared: bool,
+        num_experts: int,
+        block_k: int,
+        rows_per_program: int,
+        max_programs: int,
+        max_rows: int,
+        name: str,
+        num_warps: int,
+        shared_bytes: int,
+        code: bytes,
+    ) -> None: ...
+    def calibrate_clock(self, name: str, code: bytes) -> None: ...
+    def site_address(self, layer: int) -> int: ...
+    def set(self, lane: int, name: str, value: int, stream: int) -> None: ...
+    def get(self, lane: int, name: str) -> int: ...
+    def close(self) -> None: ...
+    @property
+    def num_lanes(self) -> int: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def captured(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
+
+class DeviceLaneChoice:
+    def __init__(self, lanes: DeviceLanes, lane: int) -> None: ...
+
 class RecordingReader:
     def __init__(self, path: str) -> None: ...
     def header(self) -> dict[str, Any]: ...
@@ -82,6 +121,7 @@ class RecordingReader:
         self, lane: int, position: int, limit: int = ...
     ) -> tuple[NDArray[np.uint8], int, int, int]: ...
 
+def device_capability(device: int) -> int: ...
 def owner_alive(path: str) -> bool: ...
 def use_torch(
     exchange_api: object,
@@ -120,5 +160,29 @@ def route_map(
     row_stride: int,
     column_stride: int,
     recomputed: bool,
+    /,
+) -> int: ...
+def launch_ids(
+    site: int,
+    data: int,
+    bytes_per_id: int,
+    rows: int,
+    k: int,
+    row_stride: int,
+    slot_stride: int,
+    recomputed: bool,
+    stream: int,
+    /,
+) -> int: ...
+def launch_map(
+    site: int,
+    data: int,
+    packed: bool,
+    rows: int,
+    columns: int,
+    row_stride: int,
+    column_stride: int,
+    recomputed: bool,
+    stream: int,
     /,
 ) -> int: ...

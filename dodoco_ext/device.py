@@ -6,6 +6,7 @@ kernels when a device is set up, and neither is needed to record on the CPU.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from dodoco_ext import _C
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger("dodoco")
 
 MAX_EXPERTS = 1024
 """Most experts of a layer that the kernel counts."""
@@ -74,7 +77,7 @@ class Device:
                 )
             self._lanes.calibrate_clock(*clock)
         except BaseException:
-            self._lanes.close()
+            self.close()
             raise
 
     def site(self, layer: int) -> torch.Tensor:
@@ -103,10 +106,8 @@ class Device:
         import torch
 
         stream = torch.cuda.current_stream(self.index).cuda_stream
-        if lane is None:
-            self._lanes.set_all(name, value, stream)
-        else:
-            self._lanes.set(lane, name, value, stream)
+        for each in range(self._lanes.num_lanes) if lane is None else (lane,):
+            self._lanes.set(each, name, value, stream)
 
     def get(self, name: str, lane: int = 0) -> int:
         """The value last set."""
@@ -118,7 +119,11 @@ class Device:
         After a capture both stay mapped for the life of the process, switched off: a graph that is
         replayed later finds them so.
         """
-        self._lanes.close()
+        try:
+            self._lanes.close()
+        except OSError as error:
+            # The device is in no state to wait for: nothing is taken from under it.
+            log.warning("the recorder's memory on %s is kept: %s", self.name, error)
 
 
 class _ArenaWords:

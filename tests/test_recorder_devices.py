@@ -26,7 +26,7 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: int) -> int:
         raise OSError(f"no device {device} here")
 
-    monkeypatch.setattr(_C, "device_capability", refuse, raising=False)
+    monkeypatch.setattr(_C, "device_capability", refuse)
 
 
 def placed(monkeypatch: pytest.MonkeyPatch, model: ToyModel, places: list[str]) -> ToyModel:

@@ -1,0 +1,73 @@
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "cuda_driver.h"
+#include "device_lanes.h"
+
+namespace py = pybind11;
+
+namespace dodoco {
+namespace {
+
+cuda::Stream stream_at(std::uintptr_t handle) { return reinterpret_cast<cuda::Stream>(handle); }
+
+// A lane of a device that the calling thread chose.
+struct DeviceLaneChoice : LaneChoice {
+  DeviceLaneChoice(DeviceLanes* lanes, std::uint32_t lane)
+      : LaneChoice(lanes, lanes->reserve(lane)) {}
+};
+
+}  // namespace
+
+void register_device(py::module_& m) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const cuda::Error& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    }
+  });
+  m.def("device_capability", &cuda::capability, py::arg("device"));
+
+  // Never freed, as lanes are not: a captured graph or compiled code may still name them.
+  py::class_<DeviceLanes, std::unique_ptr<DeviceLanes, py::nodelete>>(m, "DeviceLanes")
+      .def(py::init<RecordingWriter*, int, std::uint32_t, std::uint32_t>(), py::arg("writer"),
+           py::arg("device"), py::arg("first_lane"), py::arg("num_lanes"), py::keep_alive<1, 2>())
+      .def(
+          "add_kernel",
+          [](DeviceLanes& lanes, int form, int id_bytes, bool shared, std::uint32_t num_experts,
+             std::uint32_t block_k, std::int64_t rows_per_program, std::uint32_t max_programs,
+             std::int64_t max_rows, std::string name, std::uint32_t num_warps,
+             std::uint32_t shared_bytes, const py::bytes& code) {
+            lanes.add_kernel({static_cast<ChoiceForm>(form), id_bytes, shared, num_experts, block_k,
+                              rows_per_program, max_programs, max_rows, std::move(name), num_warps,
+                              shared_bytes, code});
+          },
+          py::arg("form"), py::arg("id_bytes"), py::arg("shared"), py::arg("num_experts"),
+          py::arg("block_k"), py::arg("rows_per_program"), py::arg("max_programs"),
+          py::arg("max_rows"), py::arg("name"), py::arg("num_warps"), py::arg("shared_bytes"),
+          py::arg("code"))
+      .def(
+          "calibrate_clock",
+          [](DeviceLanes& lanes, const std::string& name, const py::bytes& code) {
+            lanes.calibrate_clock(name, code);
+          },
+          py::arg("name"), py::arg("code"))
+      .def("site_address", &DeviceLanes::site_address, py::arg("layer"))
+      .def(
+          "set",
+          [](DeviceLanes& lanes, std::uint32_t lane, const std::string& name, std::int64_t value,
+             std::uintptr_t stream) { lanes.set(lane, name, value, stream_at(stream)); },
+          py::arg("lane"), py::arg("name"), py::arg("value"), py::arg("stream"))
+      .def("get", &DeviceLanes::get, py::arg("lane"), py::arg("name"))
+      .def("close", &DeviceLanes::close)
+      .def_property_readonly("num_lanes", &DeviceLanes::num_lanes)
+      .def_property_readonly("device", &DeviceLanes::device)
+      .def_property_readonly("captured", &DeviceLanes::captured)
+      .def_property_readonly("closed", &DeviceLanes::closed);
+
+  py::class_<DeviceLaneChoice>(m, "DeviceLaneChoice")
+      .def(py::init<DeviceLanes*, std::uint32_t>(), py::arg("lanes"), py::arg("lane"));
+}
+
+}  // namespace dodoco
