@@ -439,20 +439,20 @@ void DeviceLanes::close() {
       cuda::check(driver_.copy_to_device(control, &none, sizeof(none)), "cuMemcpyHtoD");
     }
     cuda::check(driver_.synchronize(), "cuCtxSynchronize");
+    if (captured_) return;
+    release();
   } catch (const cuda::Error& error) {
     if (error.code() == cuda::kDeinitialized) return;  // nothing of the device is left
     // What was launched may still write, so nothing is taken from under it.
     throw;
   }
-  if (captured_) return;
-  release();
   context_.reset();
   writer_->release();
 }
 
-// Takes back what the constructor made, as far as it came. The registry's lock is held.
+// Takes back what the constructor made, as far as it came; what cannot be taken back is left.
+// The registry's lock is held and the context is the thread's.
 void DeviceLanes::release() {
-  const cuda::Current current(context_->get());
   for (cuda::Module module : modules_) driver_.module_unload(module);
   modules_.clear();
   if (arena_ != 0) driver_.free(arena_);
@@ -462,7 +462,8 @@ void DeviceLanes::release() {
   auto& users = registry().users;
   const auto file = users.find(file_base_);
   if (--file->second == 0) {
-    driver_.host_unregister(file_base_);
+    // What the driver still holds must stay mapped.
+    if (driver_.host_unregister(file_base_) != cuda::kSuccess) writer_->hold();
     users.erase(file);
   }
 }

@@ -1,0 +1,250 @@
+"""What a device is given when it is set up: the arena, sites, settings, lanes, clock."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+
+from device_cases import (
+    CLOCK,
+    ENABLED,
+    EVERY,
+    INVERSE,
+    LIMIT,
+    MAGIC,
+    MAP_VERSION,
+    MASK,
+    MICROBATCH,
+    NUM_VALID,
+    OnDevice,
+    add_kernels,
+    words_at,
+)
+from dodoco_ext import _C
+from dodoco_ext.recording import Reader
+from fake_cuda import FakeCuda, Live
+
+NOTHING = Live(0, 0, 0, 0, 0)
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
+
+
+def test_sites_name_their_layer_lane_and_block(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda, [(8, 2), (60, 4), (384, 8)], lanes=2) as on:
+        for layer, (num_experts, top_k) in enumerate(on.layers):
+            for lane in range(2):
+                address = on.lanes.site_address(layer) + lane * 3 * _C.SITE_BYTES
+                magic, itself, control, number, offset, k, *rest = words_at(address, 8)
+                assert magic == 0x455449534F434F44
+                assert (itself, control) == (address, on.control(lane))
+                assert (number, k, *rest) == (layer, top_k, 0, 0)
+                counts = -(-num_experts // 8) * 8
+                assert offset == sum(
+                    8 * (16 + -(-e // 8) * 8 + 20 * 64) for e, _ in on.layers[:layer]
+                ), (counts, "blocks lie in order")
+        with pytest.raises(ValueError, match="no layer 3"):
+            on.lanes.site_address(3)
+
+
+def test_controls_lead_to_the_lanes_own_parts_of_the_file(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda, host_lanes=1, lanes=2) as on:
+        reader = on.reader
+        seen = set()
+        for lane in range(2):
+            control = words_at(on.control(lane), 16)
+            assert control[0] == MAGIC
+            file = int(control[1])
+            assert words_at(file, 1)[0] == 0x0A0D4F434F444F44, "the device's address of the file"
+            # What is stored through the device's addresses is in the file.
+            board, ring, log2_slots, totals, state = (int(word) for word in control[5:10])
+            ctypes.c_uint64.from_address(board + 8).value = 70 + lane
+            ctypes.c_uint64.from_address(ring).value = lane + 1
+            assert _C.RecordingReader(str(on.path)).head(1 + lane) == lane + 1
+            words, _ = _C.RecordingReader(str(on.path)).board(1 + lane, 0)
+            assert words[1] == 70 + lane
+            assert 1 << log2_slots == reader.num_slots
+            assert words_at(state, 3).tolist() == [0, 2**64 - 1, 0]
+            scratch = int(control[12])
+            assert not words_at(scratch, (8 + 64) // 2).any()
+            assert not words_at(totals, 100).any()
+            bounds = (ctypes.c_uint32 * 32).from_address(int(control[10]))
+            assert [eighths / 8 for eighths in bounds] == list(_C.MAX_MEAN_BOUNDS)
+            seen |= {board, ring, totals, state, scratch}
+        assert len(seen) == 10, "lanes share nothing"
+
+
+def test_a_file_is_registered_once_and_each_device_has_its_own_address(tmp_path: Path) -> None:
+    cuda = FakeCuda(num_devices=2)
+    with OnDevice(tmp_path, cuda, devices=[0, 1]) as on:
+        assert cuda.calls().count("cuMemHostRegister") == 1
+        assert cuda.calls().count("cuMemHostGetDevicePointer") == 2
+        files = {int(words_at(on.control(0, device), 16)[1]) for device in range(2)}
+        assert len(files) == 2
+        on.devices[0].close()
+        assert cuda.live().registrations == 1, "the other device still writes"
+    assert cuda.live() == NOTHING
+
+
+SETTINGS = {
+    "enabled": (0, ENABLED, ctypes.c_uint32, 1),
+    "record_every": (6, EVERY, ctypes.c_uint32, 1),
+    "num_valid": (1 << 33, NUM_VALID, ctypes.c_int64, -1),
+    "map_version": (9, MAP_VERSION, ctypes.c_uint32, 0),
+    "microbatch": (65535, MICROBATCH, ctypes.c_uint32, 0),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_changed_by_the_stream(tmp_path: Path, cuda: FakeCuda, name: str) -> None:
+    value, offset, kind, before = SETTINGS[name]
+    with OnDevice(tmp_path, cuda) as on:
+        assert [on.lanes.get(lane, name) for lane in range(2)] == [before] * 2
+        assert on.word(1, offset, kind) == before
+        with cuda.calls_made() as calls:
+            on.lanes.set(1, name, value, 5)
+        assert set(calls) == {
+            "cuCtxPushCurrent",
+            "cuThreadExchangeStreamCaptureMode",
+            "cuStreamIsCapturing",
+            "cuMemsetD32Async",
+            "cuCtxPopCurrent",
+        }, "in stream order, no wait, no copy from memory that must stay"
+        assert on.word(1, offset, kind) == value
+        assert on.word(0, offset, kind) == before, "the other lane's"
+        assert [on.lanes.get(lane, name) for lane in range(2)] == [before, value]
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 5, 6, 7, 12, 96, 97, 1000, 1 << 31, (1 << 32) - 1])
+def test_multiples_of_record_every_are_told_without_division(
+    tmp_path: Path, cuda: FakeCuda, every: int
+) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        on.lanes.set(0, "record_every", every, 0)
+        mask, inverse, limit = (on.word(0, at, ctypes.c_uint64) for at in (MASK, INVERSE, LIMIT))
+    far = [0, every, 3 * every, 2**40 // every * every, 2**63 // every * every]
+    for number in {*range(200), *(max(n + d, 0) for n in far for d in (-2, -1, 0, 1, 2))}:
+        told = number & mask == 0 and number * inverse % 2**64 <= limit
+        assert told == (number % every == 0), (number, every)
+
+
+def test_settings_are_refused_while_the_stream_is_captured(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        with cuda.capturing(5), pytest.raises(RuntimeError, match=r"captured.*each replay"):
+            on.lanes.set(0, "enabled", 0, 5)
+        # The default stream, while another one is captured.
+        cuda.fail("cuStreamIsCapturing", code=906)
+        with pytest.raises(RuntimeError, match="captured"):
+            on.lanes.set(0, "enabled", 0, 0)
+        assert on.word(0, ENABLED) == 1
+        assert on.lanes.get(0, "enabled") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("colour", 1, "no setting 'colour'"), ("record_every", 0, "record_every=0: give 1 or more")],
+)
+def test_impossible_settings_are_refused(
+    tmp_path: Path, cuda: FakeCuda, name: str, value: int, message: str
+) -> None:
+    with OnDevice(tmp_path, cuda) as on, pytest.raises(ValueError, match=message):
+        on.lanes.set(0, name, value, 0)
+
+
+def test_the_clock_is_calibrated_for_all_lanes(tmp_path: Path, cuda: FakeCuda) -> None:
+    import time
+
+    with OnDevice(tmp_path, cuda) as on:
+        cuda.set_clock(1_000)
+        before = time.monotonic_ns()
+        on.lanes.calibrate_clock("read_clock", b"cubin")
+        after = time.monotonic_ns()
+        offsets = [on.word(lane, CLOCK, ctypes.c_int64) for lane in range(2)]
+        assert offsets[0] == offsets[1]
+        assert before <= offsets[0] + 1_000 <= after
+        assert cuda.live().streams == 0
+
+
+# --- what cannot be -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 4), (3, 1), (1, 0)], ids=["too many", "beyond", "none"]
+)
+def test_lanes_that_the_recording_lacks_are_refused(
+    tmp_path: Path, cuda: FakeCuda, first: int, count: int
+) -> None:
+    with (
+        OnDevice(tmp_path, cuda, lanes=2) as on,
+        pytest.raises(ValueError, match="of a recording with 3"),
+    ):
+        _C.DeviceLanes(on.writer, 0, first, count)
+
+
+def test_a_closed_recording_takes_no_device(tmp_path: Path, cuda: FakeCuda) -> None:
+    on = OnDevice(tmp_path, cuda)
+    on.close()
+    with pytest.raises(ValueError, match="closed"):
+        _C.DeviceLanes(on.writer, 0, 1, 1)
+    assert cuda.live() == NOTHING
+
+
+def test_a_device_that_is_not_there(tmp_path: Path, cuda: FakeCuda) -> None:
+    assert _C.device_capability(0) == 90
+    with pytest.raises(OSError, match=r"cuDeviceGet failed: CUDA_ERROR_INVALID_DEVICE \(101\)"):
+        _C.device_capability(3)
+    with pytest.raises(OSError, match="CUDA_ERROR_INVALID_DEVICE"):
+        OnDevice(tmp_path, cuda, devices=[3])
+    assert cuda.live() == NOTHING
+
+
+SETUP_CALLS = [
+    "cuDevicePrimaryCtxRetain",
+    "cuDeviceGetCount",
+    "cuCtxPushCurrent",
+    "cuMemHostRegister",
+    "cuMemHostGetDevicePointer",
+    "cuMemAlloc",
+    "cuMemsetD8",
+    "cuMemcpyHtoD",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+]
+
+
+def test_these_are_all_the_calls_of_setting_up(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda):
+        left = {"cuDeviceGet", "cuCtxPopCurrent", "cuThreadExchangeStreamCaptureMode", "cuInit"}
+        assert set(cuda.calls()) - left == set(SETUP_CALLS)
+
+
+@pytest.mark.parametrize("call", SETUP_CALLS)
+@pytest.mark.parametrize("sticky", [False, True], ids=["once", "from then on"])
+def test_whatever_fails_nothing_is_left_behind(
+    tmp_path: Path, cuda: FakeCuda, call: str, sticky: bool
+) -> None:
+    cuda.fail(call, code=801, sticky=sticky)
+    with pytest.raises(OSError, match=f"{call} failed: .*801") as caught:
+        OnDevice(tmp_path, cuda)
+    assert re.search(r"CUDA_ERROR_NOT_SUPPORTED|unknown error", str(caught.value))
+    if not sticky:  # otherwise nothing could be given back either
+        assert cuda.live() == NOTHING
+    cuda.recover()
+    (recording,) = tmp_path.iterdir()
+    # The recording is whole, and another device can take it.
+    assert Reader(recording).state == "closed"
+    with OnDevice(tmp_path, cuda):
+        pass
+
+
+def test_large_kernels_ask_for_their_shared_memory(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda, kernels=False) as on:
+        add_kernels(on.lanes, 8, 2)
+        assert "cuFuncSetAttribute" not in cuda.calls()
+        add_kernels(on.lanes, 8, 2, shared_bytes=100_000)
+        assert cuda.calls().count("cuFuncSetAttribute") == 10
