@@ -20,6 +20,7 @@ struct DeviceLaneChoice : LaneChoice {
 }  // namespace
 
 void register_device(py::module_& m) {
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): the type is pybind11's
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

@@ -86,23 +86,22 @@ int capability(int ordinal) {
   return major * 10 + minor;
 }
 
-PrimaryContext::PrimaryContext(int ordinal) {
-  const Driver& d = driver();
-  check(d.device_get(&device_, ordinal), "cuDeviceGet");
-  check(d.primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
+PrimaryContext::PrimaryContext(int ordinal) : driver_(driver()) {
+  check(driver_.device_get(&device_, ordinal), "cuDeviceGet");
+  check(driver_.primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
 }
 
-PrimaryContext::~PrimaryContext() { driver().primary_release(device_); }
+PrimaryContext::~PrimaryContext() { driver_.primary_release(device_); }
 
-Current::Current(Context context) {
-  check(driver().push(context), "cuCtxPushCurrent");
-  driver().exchange_capture_mode(&capture_mode_);
+Current::Current(Context context) : driver_(driver()) {
+  check(driver_.push(context), "cuCtxPushCurrent");
+  driver_.exchange_capture_mode(&capture_mode_);
 }
 
 Current::~Current() {
   Context popped = nullptr;
-  driver().exchange_capture_mode(&capture_mode_);
-  driver().pop(&popped);
+  driver_.exchange_capture_mode(&capture_mode_);
+  driver_.pop(&popped);
 }
 
 }  // namespace dodoco::cuda

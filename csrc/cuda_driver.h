@@ -91,6 +91,7 @@ class PrimaryContext {
   Context get() const { return context_; }
 
  private:
+  const Driver& driver_;
   Device device_ = 0;
   Context context_ = nullptr;
 };
@@ -105,6 +106,7 @@ class Current {
   Current& operator=(const Current&) = delete;
 
  private:
+  const Driver& driver_;
   int capture_mode_ = kCaptureModeRelaxed;
 };
 

@@ -240,8 +240,8 @@ void DeviceLanes::calibrate_clock(const std::string& name, const std::string& co
   std::int64_t offset = 0;
   const auto measure = [&] {
     cuda::Address argument = out;
-    void* scratch[2] = {nullptr, nullptr};
-    void* params[] = {&argument, &scratch[0], &scratch[1]};
+    cuda::Address unused[2] = {0, 0};
+    void* params[] = {&argument, &unused[0], &unused[1]};
     const std::uint64_t before = monotonic_ns();
     cuda::check(driver_.launch(function, 1, 1, 1, 32, 1, 1, 0, stream, params, nullptr),
                 "cuLaunchKernel");
@@ -398,9 +398,9 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
   auto columns = static_cast<std::int32_t>(tensor.columns);
   std::int64_t row_stride = tensor.row_stride, column_stride = tensor.column_stride;
   std::int32_t again = recomputed ? 1 : 0;
-  void* scratch[2] = {nullptr, nullptr};  // Triton's own, which the kernels do not use
-  void* params[] = {&data,          &lane_site, &rows,       &columns,   &row_stride,
-                    &column_stride, &again,     &scratch[0], &scratch[1]};
+  cuda::Address unused[2] = {0, 0};  // Triton's own scratch, which the kernels do without
+  void* params[] = {&data,          &lane_site, &rows,      &columns,  &row_stride,
+                    &column_stride, &again,     &unused[0], &unused[1]};
   const auto start = [&] {
     return driver_.launch(kernel->function, programs, 1, 1, kernel->threads, 1, 1,
                           kernel->shared_bytes, stream, params, nullptr);
