@@ -23,6 +23,7 @@ std::atomic<std::size_t> g_num_open{0};  // slots ever used
 struct Registry {
   std::mutex mutex;
   std::map<const void*, int> users;
+  std::vector<const DeviceLanes*> made;  // all there ever were: they are never destroyed
 };
 
 Registry& registry() {
@@ -113,6 +114,7 @@ DeviceLanes::DeviceLanes(RecordingWriter* writer, int device, std::uint32_t firs
     std::size_t slot = 0;
     while (slot < slots && g_open[slot].load(std::memory_order_relaxed) != nullptr) ++slot;
     if (slot == kMaxOpen) throw std::invalid_argument("64 recordings on devices are open: detach");
+    files.made.push_back(this);
     writer->hold();
     open_.store(true, std::memory_order_relaxed);
     g_open[slot].store(this, std::memory_order_release);
@@ -455,8 +457,7 @@ void DeviceLanes::close() {
 void DeviceLanes::release() {
   for (cuda::Module module : modules_) driver_.module_unload(module);
   modules_.clear();
-  if (arena_ != 0) driver_.free(arena_);
-  arena_ = 0;
+  if (arena_ != 0) driver_.free(arena_);  // its address stays: of_site() may be comparing with it
   if (!registered_) return;
   registered_ = false;
   auto& users = registry().users;

@@ -40,6 +40,8 @@ struct KernelSpec {
   std::string code;  // a cubin
 };
 
+// Threads that use one object take turns, as Python's interpreter lock has them do; different
+// objects are independent.
 class DeviceLanes {
  public:
   // Lanes [first_lane, first_lane + num_lanes) of the recording, whose file is mapped into the

@@ -34,9 +34,9 @@ struct Launch {
 
 struct State {
   std::recursive_mutex mutex;
-  std::string calls;  // names, a line each
+  std::string calls;                                    // names, a line each
   std::map<std::string, std::pair<int, int>> failures;  // name -> calls until then, code
-  int sticky = 0;     // what every call returns from a sticky failure on
+  int sticky = 0;  // what every call returns from a sticky failure on
   int num_devices = 1;
   std::map<Address, std::size_t> allocated;
   std::map<void*, std::size_t> registered;
@@ -83,9 +83,9 @@ Context current() { return contexts.empty() ? nullptr : contexts.back(); }
 }  // namespace
 
 #define FAKE extern "C" __attribute__((visibility("default")))
-#define ENTER(name)                                             \
-  State& s = state();                                           \
-  const std::lock_guard<std::recursive_mutex> guard(s.mutex);   \
+#define ENTER(name)                                           \
+  State& s = state();                                         \
+  const std::lock_guard<std::recursive_mutex> guard(s.mutex); \
   if (const Result failure = enter(s, name); failure != 0) return failure
 #define NEED_CONTEXT \
   if (current() == nullptr) return kInvalidContext
@@ -284,11 +284,11 @@ FAKE Result cuStreamIsCapturing(Stream stream, int* status) {
 }
 FAKE Result cuGetErrorName(Result code, const char** name) {
   static const std::map<int, const char*> kNames = {
-      {1, "CUDA_ERROR_INVALID_VALUE"},      {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {4, "CUDA_ERROR_DEINITIALIZED"},      {100, "CUDA_ERROR_NO_DEVICE"},
-      {101, "CUDA_ERROR_INVALID_DEVICE"},   {201, "CUDA_ERROR_INVALID_CONTEXT"},
-      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},  {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
-      {801, "CUDA_ERROR_NOT_SUPPORTED"},    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
+      {1, "CUDA_ERROR_INVALID_VALUE"},     {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {4, "CUDA_ERROR_DEINITIALIZED"},     {100, "CUDA_ERROR_NO_DEVICE"},
+      {101, "CUDA_ERROR_INVALID_DEVICE"},  {201, "CUDA_ERROR_INVALID_CONTEXT"},
+      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
+      {801, "CUDA_ERROR_NOT_SUPPORTED"},   {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
   };
   const auto found = kNames.find(code);
   if (found == kNames.end()) return kInvalidValue;
@@ -302,6 +302,7 @@ FAKE Result cuGetErrorName(Result code, const char** name) {
 FAKE void fake_reset(int num_devices) {
   State& s = state();
   const std::lock_guard<std::recursive_mutex> guard(s.mutex);
+  for (const auto& [address, bytes] : s.allocated) std::free(reinterpret_cast<void*>(address));
   s.allocated.clear();
   s.registered.clear();
   s.aliases.clear();
@@ -318,7 +319,9 @@ FAKE void fake_reset(int num_devices) {
   s.num_devices = num_devices;
 }
 // The (after + 1)-th call of `name` from now on fails; a negative code fails all later calls too.
-FAKE void fake_fail(const char* name, int after, int code) { state().failures[name] = {after, code}; }
+FAKE void fake_fail(const char* name, int after, int code) {
+  state().failures[name] = {after, code};
+}
 FAKE void fake_recover() { state().sticky = 0; }
 FAKE void fake_capture(std::uintptr_t stream, int status) {
   state().capturing[reinterpret_cast<Stream>(stream)] = status;
