@@ -47,6 +47,7 @@ struct State {
   std::set<Stream> streams;
   std::map<Stream, int> capturing;
   std::vector<Launch> launches;
+  bool quiet = false;  // launches only return: for timing what comes before them
   void (*run)(const char* name, const std::uint64_t* arguments, unsigned programs) = nullptr;
   std::uint64_t clock = 0;
   std::uintptr_t next = 0x1000;
@@ -242,6 +243,7 @@ FAKE Result cuFuncSetAttribute(Function, int, int) {
 FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                            unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                            Stream stream, void** params, void**) {
+  if (state().quiet) return 0;
   ENTER("cuLaunchKernel");
   const auto& [name, context] = s.functions.at(function);
   // Where several devices are, the launching thread must be on the function's.
@@ -316,6 +318,7 @@ FAKE void fake_reset(int num_devices) {
   s.capturing.clear();
   s.sticky = 0;
   s.run = nullptr;
+  s.quiet = false;
   s.num_devices = num_devices;
 }
 // The (after + 1)-th call of `name` from now on fails; a negative code fails all later calls too.
@@ -326,6 +329,7 @@ FAKE void fake_recover() { state().sticky = 0; }
 FAKE void fake_capture(std::uintptr_t stream, int status) {
   state().capturing[reinterpret_cast<Stream>(stream)] = status;
 }
+FAKE void fake_quiet() { state().quiet = true; }
 FAKE void fake_clock(std::uint64_t now) { state().clock = now; }
 FAKE void fake_run(void (*run)(const char*, const std::uint64_t*, unsigned)) { state().run = run; }
 FAKE const char* fake_calls() { return state().calls.c_str(); }
