@@ -1,129 +1,433 @@
-"""Expert ids -> tokens per expert and integer statistics, in one launch.
+"""The observing kernel: a router's choice -> tokens per expert, statistics, board and ring.
 
-The counting and the statistics of the observing kernel: one program, any number of ids, no host
-sync. It writes a result tensor; recordings are written by the C++ ops (CPU) in this version.
+One launch does what `Lane::record` of `csrc/lane.cpp` does, and leaves the same bytes in the
+recording. It is given a site and reads all else from there: where its counters live, whether it
+records, which rows are real. Small passes run in one program; large ones in several, which meet in
+the lane's scratch, and the last of them finishes the pass.
+
+All arithmetic is on integers, without one division: statistics are numerators and bins follow from
+comparisons, so that the interpreter, a GPU and the C++ writer agree to the bit.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
-# Words of the result tensor in front of the counts.
-PASSES, TOKENS, ASSIGNMENTS, PADDED, INVALID, MAX_COUNT, UNUSED, GINI_NUMERATOR = range(8)
-NUM_WORDS = 8
+IDS = 0
+"""Form of the data: expert ids [rows, k], int16, int32 or int64."""
+MAP = 1
+"""Form of the data: a byte for each row and expert [rows, E]; not 0: routed."""
+BITS = 2
+"""Form of the data: a bit for each row and expert [rows, ceil(E / 8)], lowest first."""
+
+MAX_EXPERTS = 1024
+"""Most experts of a layer."""
+
+# csrc/format.h, restated: tests/test_kernel_layout.py compares.
+_SITE_MAGIC = tl.constexpr(0x455449534F434F44)
+_CONTROL_MAGIC = tl.constexpr(0x4C525443434F4444)
+_BOARD_WORDS = tl.constexpr(16)
+_RECOMPUTED = tl.constexpr(6)
+_SIZE_CLASSES = tl.constexpr(20)
+_BINS = tl.constexpr(32)
+_RING_HEADER_BYTES = tl.constexpr(128)
+_SLOT_WORDS = tl.constexpr(16)
+_SCRATCH_COUNTS = tl.constexpr(8)
+
+_IDS = tl.constexpr(IDS)
+_BITS = tl.constexpr(BITS)
 
 
-@dataclass(frozen=True)
-class RouteStats:
-    """The result of one launch, on the device.
-
-    Attributes:
-        words: int64 [8 + num_experts]: passes (1), tokens, assignments, padded, invalid, max_count,
-            unused_experts, gini_numerator, then the counts.
-    """
-
-    words: torch.Tensor
-
-    @property
-    def counts(self) -> torch.Tensor:
-        """Assignments per expert, int64 [num_experts]."""
-        return self.words[NUM_WORDS:]
+@triton.jit
+def _words(address):
+    """int64 words at an address that is a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 16)
 
 
-# Sizes are not specialised on: nothing may compile while a model serves.
-@triton.jit(do_not_specialize=["num_rows", "num_valid", "row_stride", "slot_stride"])
-def _route_stats(
-    ids,
-    words,
-    num_rows,
-    num_valid,
+@triton.jit
+def _narrow_words(address):
+    """int32 words at an address that is a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+
+
+@triton.jit
+def _pick16(at, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):
+    """Value `at` of sixteen, by the bits of `at`: as many selections, and four comparisons."""
+    b0 = (at & 1) != 0
+    b1 = (at & 2) != 0
+    b2 = (at & 4) != 0
+    low = tl.where(
+        b2,
+        tl.where(b1, tl.where(b0, v7, v6), tl.where(b0, v5, v4)),
+        tl.where(b1, tl.where(b0, v3, v2), tl.where(b0, v1, v0)),
+    )
+    high = tl.where(
+        b2,
+        tl.where(b1, tl.where(b0, v15, v14), tl.where(b0, v13, v12)),
+        tl.where(b1, tl.where(b0, v11, v10), tl.where(b0, v9, v8)),
+    )
+    return tl.where((at & 8) != 0, high, low)
+
+
+@triton.jit
+def _count_ids(
+    data,
+    first_row,
+    real_rows,
+    row_step,
+    num_columns,
     row_stride,
-    slot_stride,
+    column_stride,
     E: tl.constexpr,
-    K: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    expert = tl.arange(0, BLOCK_E)
+    """Counts [BLOCK_E], tokens and paddings of the tiles from `first_row` on, `row_step` apart."""
     slot = tl.arange(0, BLOCK_K)
+    row_in_tile = tl.arange(0, BLOCK_ROWS)
+    has_slot = (slot < num_columns)[None, :]
+    tile = data + (
+        (first_row + row_in_tile).to(tl.int64)[:, None] * row_stride
+        + slot.to(tl.int64)[None, :] * column_stride
+    )
     counts = tl.zeros([BLOCK_E], dtype=tl.int32)
-    tokens = tl.zeros([], dtype=tl.int64)
-    minus_ones = tl.zeros([], dtype=tl.int64)
-    real_rows = tl.minimum(num_rows, num_valid).to(tl.int64)
-    for first in range(0, real_rows, BLOCK_ROWS):
-        row = first + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-        inside = (row < real_rows)[:, None] & (slot < K)[None, :]
-        address = ids + row[:, None] * row_stride + slot[None, :].to(tl.int64) * slot_stride
-        # Range-checked before narrowing: 2^32 + 3 is not expert 3.
-        chosen = tl.load(address, mask=inside, other=-1).to(tl.int64)
-        valid = inside & (chosen >= 0) & (chosen < E)
-        real = inside & (chosen != -1)
-        tokens += tl.sum((tl.sum(real.to(tl.int32), axis=1) > 0).to(tl.int64), axis=0)
-        minus_ones += tl.sum((inside & (chosen == -1)).to(tl.int64))
-        flat = tl.reshape(tl.where(valid, chosen, 0).to(tl.int32), [BLOCK_ROWS * BLOCK_K])
-        # tl.histogram is undefined outside its range: what is not valid is masked out.
-        counts += tl.histogram(flat, BLOCK_E, mask=tl.reshape(valid, [BLOCK_ROWS * BLOCK_K]))
-
-    real_expert = expert < E
-    assignments = tl.sum(counts.to(tl.int64), axis=0)
-    padded = minus_ones + (num_rows.to(tl.int64) - real_rows) * K
-    invalid = num_rows.to(tl.int64) * K - padded - assignments
-    # sum_{i<j} |c_i - c_j| = sum_i (2 i - E + 1) c_(i), counts sorted; padding experts sort first.
-    ordered = tl.sort(tl.where(real_expert, counts, -1))
-    rank = expert - (BLOCK_E - E)
-    weighted = tl.where(rank >= 0, (2 * rank - E + 1).to(tl.int64) * ordered.to(tl.int64), 0)
-
-    tl.store(words + 0, 1)
-    tl.store(words + 1, tokens)
-    tl.store(words + 2, assignments)
-    tl.store(words + 3, padded)
-    tl.store(words + 4, invalid)
-    tl.store(words + 5, tl.max(counts, axis=0).to(tl.int64))
-    tl.store(words + 6, tl.sum((real_expert & (counts == 0)).to(tl.int64), axis=0))
-    tl.store(words + 7, tl.sum(weighted, axis=0))
-    tl.store(words + 8 + expert, counts.to(tl.int64), mask=real_expert)
+    tokens = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
+    paddings = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
+    for first in range(first_row, real_rows, row_step):
+        has_row = row_in_tile < real_rows - first
+        inside = has_row[:, None] & has_slot
+        ids = tl.load(tile, mask=inside, other=-1)
+        # Compared as they are, before they are narrowed: 2^32 + 3 is not expert 3.
+        valid = (ids >= 0) & (ids < E)
+        padding = tl.sum((inside & (ids == -1)).to(tl.int32), axis=1)
+        paddings += padding
+        tokens += (has_row & (padding < num_columns)).to(tl.int32)
+        # The histogram is undefined outside its range: what is no expert is masked out.
+        counts += tl.histogram(
+            tl.ravel(ids.to(tl.int32), can_reorder=True),
+            BLOCK_E,
+            mask=tl.ravel(valid, can_reorder=True),
+        )
+        tile += row_step.to(tl.int64) * row_stride
+    return counts, tl.sum(tokens), tl.sum(paddings)
 
 
-def route_stats(ids: torch.Tensor, num_experts: int, num_valid: int | None = None) -> RouteStats:
-    """Counts one pass.
+@triton.jit
+def _count_map(
+    data,
+    first_row,
+    real_rows,
+    row_step,
+    top_k,
+    row_stride,
+    column_stride,
+    PACKED: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Counts [BLOCK_E], bits past the last expert, and assignments that are missing."""
+    expert = tl.arange(0, BLOCK_E)
+    row_in_tile = tl.arange(0, BLOCK_ROWS)
+    column = expert >> 3 if PACKED else expert
+    has_column = (expert < ((E + 7) // 8 * 8 if PACKED else E))[None, :]
+    tile = data + (
+        (first_row + row_in_tile).to(tl.int64)[:, None] * row_stride
+        + column.to(tl.int64)[None, :] * column_stride
+    )
+    chosen = tl.zeros([BLOCK_ROWS, BLOCK_E], dtype=tl.int32)
+    missing = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
+    for first in range(first_row, real_rows, row_step):
+        has_row = row_in_tile < real_rows - first
+        values = tl.load(tile, mask=has_row[:, None] & has_column, other=0).to(tl.int32)
+        if PACKED:
+            here = (values >> (expert & 7)[None, :]) & 1
+            routed = tl.sum(tl.where((expert < E)[None, :], here, 0), axis=1)
+        else:
+            here = (values != 0).to(tl.int32)
+            routed = tl.sum(here, axis=1)
+        chosen += here
+        missing += tl.where(has_row, tl.maximum(top_k - routed, 0), 0)
+        tile += row_step.to(tl.int64) * row_stride
+    counts = tl.sum(chosen, axis=0)
+    invalid = tl.sum(tl.where(expert < E, 0, counts))
+    return tl.where(expert < E, counts, 0), invalid, tl.sum(missing)
+
+
+@triton.jit
+def _gini_numerator(counts, largest, E: tl.constexpr, BLOCK_E: tl.constexpr, SORT: tl.constexpr):
+    """Sum over pairs i < j of |c_i - c_j|, int64."""
+    expert = tl.arange(0, BLOCK_E)
+    real = expert < E
+    BINS: tl.constexpr = max(BLOCK_E, 128)
+    if BLOCK_E > 32 and largest <= BINS:
+        # Sum over v of F(v) (E - F(v)), F(v) = experts with at most v tokens.
+        bins = tl.histogram(counts, BINS, mask=real & (counts < BINS))
+        at_most = tl.cumsum(bins, axis=0)
+        numerator = tl.sum(at_most * (E - at_most)).to(tl.int64)
+    elif SORT:
+        # The i-th smallest is subtracted from by i experts and subtracted in E - 1 - i pairs.
+        ordered = tl.sort(tl.where(real, counts, -1))
+        rank = expert - (BLOCK_E - E)
+        weighted = tl.where(rank >= 0, (2 * rank - E + 1).to(tl.int64) * ordered.to(tl.int64), 0)
+        numerator = tl.sum(weighted)
+    else:
+        # Few experts, or ids that repeat in a row: slow there, and small.
+        above = tl.zeros([BLOCK_E], dtype=tl.int32)
+        for other in range(E):
+            count = tl.sum(tl.where(expert == other, counts, 0))
+            above += (counts > count).to(tl.int32) - (counts < count).to(tl.int32)
+        numerator = tl.sum(tl.where(real, counts.to(tl.int64) * above.to(tl.int64), 0))
+    return numerator
+
+
+@triton.jit
+def _finish(
+    site,
+    control,
+    layer,
+    counts,
+    tokens,
+    padded,
+    invalid,
+    dropped,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    SORT: tl.constexpr,
+    CLOCK: tl.constexpr,
+    scratch,
+    SHARED: tl.constexpr,
+):
+    """Advances the iteration; if enabled, adds the pass to the board and perhaps to the ring."""
+    expert = tl.arange(0, BLOCK_E)
+    state = _words(tl.load(control + 9))
+    iteration = tl.load(state)
+    last_layer = tl.load(state + 1)
+    head = tl.load(state + 2)
+    switches = tl.load(control + 2)
+    offset = tl.load(site + 4)
+    totals = _words(tl.load(control + 8) + offset)
+    word = tl.arange(0, _BOARD_WORDS)
+    old_words = tl.load(totals + word)
+    old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
+    # What follows stores: no warp may still have to load.
+    tl.debug_barrier()
+    if SHARED:
+        tl.store(scratch + tl.arange(0, _SCRATCH_COUNTS), 0)
+        tl.store(scratch + _SCRATCH_COUNTS + expert, 0, mask=expert < E)
+    iteration += (layer <= last_layer).to(tl.int64)
+    tl.store(state, iteration)
+    tl.store(state + 1, layer)
+    if switches.to(tl.int32) != 0:
+        every = tl.load(control + 13).to(tl.uint64)
+        inverse = tl.load(control + 14).to(tl.uint64)
+        limit = tl.load(control + 15).to(tl.uint64)
+        count = iteration.to(tl.uint64)
+        divisible = ((count & every) == 0) & (count * inverse <= limit)
+        recorded = divisible | ((switches.to(tl.uint64) >> 33) == 0)
+        now = globaltimer() + tl.load(control + 11) if CLOCK else tl.full([], 0, tl.int64)
+        board = _words(tl.load(control + 5) + offset)
+        assignments = tl.sum(counts)
+        largest = tl.max(counts)
+
+        # Passes started first, passes last: where they are equal, no pass lay in between.
+        added = _pick16(
+            word, 1, tokens, assignments, padded, invalid, dropped, 0, recorded.to(tl.int32),
+            0, 1, 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        new_words = tl.where(word == 8, now, old_words + added.to(tl.int64))
+        new_counts = old_counts + counts.to(tl.int64)
+        tl.store(board + word, new_words, mask=word == 9)
+        tl.store(totals + word, new_words)
+        tl.store(totals + _BOARD_WORDS + expert, new_counts, mask=expert < E)
+        tl.debug_barrier()
+        tl.store(board + _BOARD_WORDS + expert, new_counts, mask=expert < E)
+        if recorded:
+            unused = tl.sum(((counts == 0) & (expert < E)).to(tl.int32))
+            numerator = _gini_numerator(counts, largest, E, BLOCK_E, SORT)
+            if assignments != 0:
+                # The bin is the number of lower bounds, but the first, that are reached.
+                lane = tl.arange(0, _BINS)
+                bounds = _narrow_words(tl.load(control + 10))
+                bound = tl.load(bounds + lane)
+                mass = assignments.to(tl.int64)
+                gini = numerator * _BINS >= lane.to(tl.int64) * (mass * E)
+                max_mean = largest.to(tl.int64) * (8 * E) >= bound.to(tl.int64) * mass
+                size = ((tokens >> lane) != 0) & (lane < _SIZE_CLASSES)
+                reached = gini.to(tl.int32) + (max_mean.to(tl.int32) << 8)
+                reached += size.to(tl.int32) << 16
+                reached = tl.sum(tl.where(lane > 0, reached, 0))
+                gini_bin = (reached >> 16) * _BINS + (reached & 255)
+                max_mean_bin = (reached >> 16) * _BINS + ((reached >> 8) & 255)
+                which = tl.arange(0, 2)
+                bins_at = _BOARD_WORDS + (E + 7) // 8 * 8
+                at = bins_at + tl.where(which == 0, gini_bin, max_mean_bin + _SIZE_CLASSES * _BINS)
+                passes = tl.load(totals + at) + 1
+                tl.debug_barrier()
+                tl.store(totals + at, passes)
+                tl.store(board + at, passes)
+
+            ring = tl.load(control + 6)
+            log2_slots = tl.load(control + 7)
+            lap = head.to(tl.uint64) >> log2_slots.to(tl.uint64)
+            # lap mod (2^32 - 1), plus 1: 2^32 is 1 there, so the halves are added.
+            folded = (lap & 0xFFFFFFFF) + (lap >> 32)
+            folded = (folded & 0xFFFFFFFF) + (folded >> 32) + 1
+            epoch = tl.where(folded == 0x100000000, 1, folded)
+            index = head & ((tl.full([], 1, tl.int64) << log2_slots) - 1)
+            marks = tl.load(control + 4)
+            values = _pick16(
+                word,
+                1 | 1 << 8,
+                layer.to(tl.int32) | ((marks >> 32).to(tl.int32) << 16),
+                iteration.to(tl.int32),
+                (iteration >> 32).to(tl.int32),
+                now.to(tl.int32),
+                (now >> 32).to(tl.int32),
+                tokens,
+                assignments,
+                largest,
+                numerator.to(tl.int32),
+                (numerator >> 32).to(tl.int32),
+                padded,
+                invalid,
+                dropped,
+                unused,
+                marks.to(tl.int32),
+            )
+            slot = _words(ring + _RING_HEADER_BYTES + index * (_SLOT_WORDS * 8))
+            stored = values.to(tl.uint32, bitcast=True).to(tl.uint64) | (epoch << 32)
+            tl.store(slot + word, stored.to(tl.int64))
+            tl.store(state + 2, head + 1)
+            tl.store(_words(ring), head + 1)
+        tl.store(board + word, new_words, mask=(word != 0) & (word != 9))
+        tl.debug_barrier()
+        tl.store(board + word, new_words, mask=word == 0)
+
+
+# Nothing may compile while a model serves, so nothing is specialised on.
+_PLAIN = ["data", "site", "num_rows", "num_columns", "row_stride", "column_stride", "recomputed"]
+
+
+@triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_PLAIN)
+def observe(
+    data,
+    site,
+    num_rows,
+    num_columns,
+    row_stride,
+    column_stride,
+    recomputed,
+    FORM: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CLOCK: tl.constexpr,
+):
+    """Records one pass of one layer.
 
     Args:
-        ids: Expert ids [num_tokens, top_k], int16, int32 or int64, any strides; -1 is padding.
-        num_experts: Experts E.
-        num_valid: Rows that are real; the rest is padding and is not read. None: all.
-
-    Returns:
-        Counts and statistics, still on the device: nothing was synchronised.
-
-    Raises:
-        ValueError: The ids are not a matrix of integers, or hold more columns than experts.
+        data: Ids [rows, k] int16, int32 or int64, or a map of bytes or bits; see FORM.
+        site: The layer's Site (csrc/format.h), int64 words.
+        num_rows: Rows, i32.
+        num_columns: Columns, i32; k of ids, at most BLOCK_K.
+        row_stride: Elements from row to row, i64.
+        column_stride: Elements from column to column, i64.
+        recomputed: Whether this execution is a recomputation, i32: seen and not counted.
+        FORM: IDS, MAP or BITS.
+        E: Experts, at most MAX_EXPERTS.
+        BLOCK_K: A power of two, at least k.
+        BLOCK_ROWS: Rows of a tile, a power of two.
+        SHARED: 0: launched as one program; 1: as any number of programs.
+        CLOCK: 1: passes are stamped by the device's clock; 0: with 0.
     """
-    if ids.dim() != 2 or ids.dtype not in (torch.int16, torch.int32, torch.int64):
-        raise ValueError(
-            f"ids are {ids.dtype} of shape {list(ids.shape)}; give int16, int32 or int64 "
-            "[num_tokens, top_k]"
-        )
-    rows, top_k = ids.shape
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"top_k={top_k} of num_experts={num_experts} is impossible")
-    words = torch.empty(NUM_WORDS + num_experts, dtype=torch.int64, device=ids.device)
-    block_k = triton.next_power_of_2(top_k)
-    _route_stats[(1,)](
-        ids,
-        words,
-        rows,
-        rows if num_valid is None else max(num_valid, 0),
-        ids.stride(0),
-        ids.stride(1),
-        E=num_experts,
-        K=top_k,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_K=block_k,
-        BLOCK_ROWS=max(1, 1024 // block_k),
-    )
-    return RouteStats(words)
+    BLOCK_E: tl.constexpr = max(32, triton.next_power_of_2(E))
+    site = tl.multiple_of(site, 16)
+    program = tl.program_id(0)
+    # Cleared once detached: a graph that is replayed later must not touch what is gone.
+    if tl.load(site) == _SITE_MAGIC:
+        control = _words(tl.load(site + 2))
+        layer = tl.load(site + 3)
+        if tl.load(control) == _CONTROL_MAGIC:
+            if recomputed != 0:
+                # By one program: its word has no other writer.
+                if program == 0:
+                    offset = tl.load(site + 4) + _RECOMPUTED * 8
+                    total = (tl.load(control + 8) + offset).to(tl.pointer_type(tl.int64))
+                    board = (tl.load(control + 5) + offset).to(tl.pointer_type(tl.int64))
+                    passes = tl.load(total) + 1
+                    tl.debug_barrier()
+                    tl.store(total, passes)
+                    tl.store(board, passes)
+            else:
+                # Negative: all rows are real; as an unsigned number it is the larger one.
+                num_valid = tl.load(control + 3).to(tl.uint64)
+                real_rows = tl.minimum(num_valid, num_rows.to(tl.uint64)).to(tl.int32)
+                first_row = program * BLOCK_ROWS
+                row_step = tl.num_programs(0) * BLOCK_ROWS
+                if FORM == _IDS:
+                    counts, tokens, paddings = _count_ids(
+                        data, first_row, real_rows, row_step, num_columns, row_stride,
+                        column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS,
+                    )  # fmt: skip
+                    invalid = 0
+                    dropped = 0
+                else:
+                    top_k = tl.load(site + 5).to(tl.int32)
+                    counts, invalid, dropped = _count_map(
+                        data, first_row, real_rows, row_step, top_k, row_stride,
+                        column_stride, FORM == _BITS, E, BLOCK_E, BLOCK_ROWS,
+                    )  # fmt: skip
+                    tokens = real_rows
+                    paddings = 0
+                scratch = _narrow_words(tl.load(control + 12))
+                last = True
+                if SHARED:
+                    expert = tl.arange(0, BLOCK_E)
+                    met = tl.arange(0, _SCRATCH_COUNTS)
+                    if FORM == _IDS:
+                        found = tl.where(met == 1, tokens, tl.where(met == 2, paddings, 0))
+                    else:
+                        found = tl.where(met == 3, invalid, tl.where(met == 4, dropped, 0))
+                    tl.atomic_add(scratch + met, found, mask=found != 0, sem="relaxed")
+                    tl.atomic_add(
+                        scratch + _SCRATCH_COUNTS + expert,
+                        counts,
+                        mask=(expert < E) & (counts != 0),
+                        sem="relaxed",
+                    )
+                    # All warps have added before one thread draws the ticket that releases it.
+                    tl.debug_barrier()
+                    ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")
+                    last = ticket == tl.num_programs(0) - 1
+                    if last:
+                        counts = tl.load(
+                            scratch + _SCRATCH_COUNTS + expert, mask=expert < E, other=0
+                        )
+                        if FORM == _IDS:
+                            tokens = tl.load(scratch + 1)
+                            paddings = tl.load(scratch + 2)
+                        else:
+                            invalid = tl.load(scratch + 3)
+                            dropped = tl.load(scratch + 4)
+                if last:
+                    beyond = num_rows - real_rows
+                    if FORM == _IDS:
+                        padded = beyond * num_columns + paddings
+                        invalid = num_rows * num_columns - padded - tl.sum(counts)
+                    else:
+                        padded = beyond * top_k
+                    _finish(
+                        site, control, layer, counts, tokens, padded, invalid, dropped,
+                        E, BLOCK_E, SHARED, CLOCK, scratch, SHARED,
+                    )  # fmt: skip
+
+
+@triton.jit
+def read_clock(out):
+    """Stores the device's clock, in nanoseconds, as one int64."""
+    tl.store(out, globaltimer())

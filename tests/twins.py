@@ -1,0 +1,214 @@
+"""Lanes of a device, laid out in host memory, for kernels that run in Triton's interpreter.
+
+A recording gets two lanes: the C++ writer fills the first, the interpreted kernel the second, from
+the same tensors. What they leave in the file must be the same bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dodoco_ext import _C
+from format_reader import FormatReader
+
+Array = NDArray[Any]
+
+CONTROL_MAGIC = 0x4C525443434F4444
+SITE_MAGIC = 0x455449534F434F44
+MAX_MEAN_EIGHTHS = (
+    8, 9, 10, 11, 12, 14, 16, 18, 20, 22, 24, 28, 32, 36, 40, 48,
+    56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048,
+)  # fmt: skip
+
+# Words of the ControlBlock of csrc/format.h.
+MAGIC, _, SWITCHES, NUM_VALID, MARKS, BOARD, RING, LOG2_SLOTS, TOTALS = range(9)
+STATE, BOUNDS, CLOCK_OFFSET, SCRATCH, EVERY_MASK, EVERY_INVERSE, EVERY_LIMIT = range(9, 16)
+# Words of the LaneState.
+ITERATION, LAST_LAYER, HEAD = range(3)
+
+_LANE, _KERNEL_LANE = 0, 1
+_BOARD_SECTION, _RING_SECTION = 3, 4
+_RING_HEADER_WORDS, _SLOT_WORDS, _LAST_PASS_WORD = 16, 16, 8
+_TIME_WORDS = (4, 5)
+
+
+def divisor_words(record_every: int) -> tuple[int, int, int]:
+    """`every_mask`, `every_inverse` and `every_limit` of a control block."""
+    every = max(record_every, 1)
+    twos = every & -every
+    odd = every // twos
+    return twos - 1, pow(odd, -1, 1 << 64), ((1 << 64) - 1) // odd
+
+
+def words_of(*parts: int) -> int:
+    """Two 32-bit fields as the word that holds them."""
+    low, high = parts
+    return struct.unpack("<q", struct.pack("<II", low, high))[0]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernel is launched: sizes of a tile, and programs of a shared launch (0: alone)."""
+
+    block_rows: int
+    programs: int = 0
+
+
+class Twins:
+    """One recording, written by the C++ writer and by an interpreted kernel.
+
+    Args:
+        kernel: The interpreted `observe`.
+        layers: `(num_experts, top_k)` of each layer.
+    """
+
+    def __init__(self, kernel: Any, layers: Sequence[tuple[int, int]]) -> None:
+        self.kernel = kernel
+        self.layers = list(layers)
+        self.folder = tempfile.TemporaryDirectory(prefix="twins-")
+        self.path = Path(self.folder.name) / "twins.dodoco"
+        self.writer = _C.RecordingWriter(
+            str(self.path), "{}", self.layers, num_lanes=2, max_bytes=1 << 19
+        )
+        with self.path.open("r+b") as file:
+            self.mapped = mmap.mmap(file.fileno(), 0)
+        self.file = np.frombuffer(self.mapped, np.uint64)
+        self.format = FormatReader(str(self.path))
+        self.num_slots = self.format.places[_RING_SECTION, 0][1]
+        self.host_lane = self.writer.lane(_LANE)
+        self.host_sites = [np.zeros(_C.SITE_BYTES // 8, np.uint64) for _ in self.layers]
+        for index, site in enumerate(self.host_sites):
+            self.writer.bind_site(site.ctypes.data, _LANE, index)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        board, ring = self.section(_BOARD_SECTION, 1), self.section(_RING_SECTION, 1)
+        widest = max(experts for experts, _ in self.layers)
+        self.control = np.zeros(16, np.int64)
+        self.state = np.array([0, -1, 0, 0, 0, 0, 0, 0], np.int64)
+        self.scratch = np.zeros(8 + widest, np.uint32)
+        self.totals = np.zeros(len(board), np.uint64)
+        self.bounds = np.array(MAX_MEAN_EIGHTHS, np.uint32)
+        self.control[MAGIC] = CONTROL_MAGIC
+        self.control[NUM_VALID] = -1
+        self.control[LOG2_SLOTS] = self.num_slots.bit_length() - 1
+        for word, array in (
+            (BOARD, board), (RING, ring), (TOTALS, self.totals), (STATE, self.state),
+            (BOUNDS, self.bounds), (SCRATCH, self.scratch),
+        ):  # fmt: skip
+            self.control[word] = array.ctypes.data
+        self.sites = np.zeros((len(self.layers), 8), np.int64)
+        for index, (site, (_, top_k)) in enumerate(zip(self.sites, self.layers, strict=True)):
+            offset = self.format.layers[index][2]
+            site[:6] = SITE_MAGIC, site.ctypes.data, self.control.ctypes.data, index, offset, top_k
+        self.enabled, self.every, self.map_version, self.microbatch = 1, 1, 0, 0
+        self.set()
+
+    def set(self, **values: int) -> None:
+        """Changes settings of both lanes; the C++ writer's `map_version` is always 0.
+
+        Args:
+            values: `enabled`, `every`, `microbatch`, `num_valid` or `map_version`.
+        """
+        self.num_valid = values.pop("num_valid", int(self.control[NUM_VALID]))
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.control[SWITCHES] = words_of(self.enabled, self.every)
+        self.control[MARKS] = words_of(self.map_version, self.microbatch)
+        self.control[NUM_VALID] = self.num_valid
+        self.control[EVERY_MASK:] = np.array(divisor_words(self.every), np.uint64).view(np.int64)
+        lane = self.host_lane
+        lane.enabled, lane.record_every, lane.num_valid = self.enabled, self.every, self.num_valid
+        lane.microbatch = self.microbatch
+
+    def section(self, kind: int, lane: int) -> NDArray[np.uint64]:
+        """The words of a lane's board or ring, in the file."""
+        at, count = self.format.places[kind, lane]
+        if kind == _RING_SECTION:
+            words = _RING_HEADER_WORDS + count * _SLOT_WORDS
+        else:
+            words = sum(layer[3] for layer in self.format.layers) // 8
+        return self.file[at // 8 : at // 8 + words]
+
+    def record_ids(
+        self, ids: Array, launch: Launch, layer: int = 0, *, recomputed: bool = False
+    ) -> None:
+        """Both record ids [T, k]."""
+        strides = [stride // ids.itemsize for stride in ids.strides]
+        host = self.host_sites[layer].ctypes.data
+        assert _C.route_ids(
+            host, ids.ctypes.data, ids.itemsize, *ids.shape, *strides, recomputed
+        ) in (0, 1)
+        block_k = 1 << max(ids.shape[1] - 1, 0).bit_length()
+        self.launch(ids, 0, layer, launch, block_k, recomputed=recomputed)
+
+    def record_map(
+        self, routing_map: Array, launch: Launch, layer: int = 0, *, packed: bool = False
+    ) -> None:
+        """Both record a map of bytes or bits."""
+        host, data = self.host_sites[layer].ctypes.data, routing_map.ctypes.data
+        assert _C.route_map(
+            host, data, packed, *routing_map.shape, *routing_map.strides, False
+        ) in (0, 1)
+        self.launch(routing_map.view(np.uint8), 2 if packed else 1, layer, launch, 1)
+
+    def launch(
+        self,
+        data: Array,
+        form: int,
+        layer: int,
+        launch: Launch,
+        block_k: int,
+        *,
+        recomputed: bool = False,
+    ) -> None:
+        """The kernel alone."""
+        strides = [stride // data.itemsize for stride in data.strides]
+        # A tensor only as the holder of an address.
+        held = torch.from_numpy(np.lib.stride_tricks.as_strided(data, (int(data.size > 0),), (0,)))
+        self.kernel[(max(launch.programs, 1),)](
+            held,
+            torch.from_numpy(self.sites[layer]),
+            *data.shape,
+            *strides,
+            int(recomputed),
+            FORM=form,
+            E=self.layers[layer][0],
+            BLOCK_K=block_k,
+            BLOCK_ROWS=launch.block_rows,
+            SHARED=int(launch.programs > 0),
+            CLOCK=0,
+        )
+
+    def lane_bytes(self, lane: int) -> tuple[Array, Array]:
+        """Board and ring of a lane, copied, stamps set to 0."""
+        board = self.section(_BOARD_SECTION, lane).copy()
+        for _, _, offset, _, _ in self.format.layers:
+            board[offset // 8 + _LAST_PASS_WORD] = 0
+        ring = self.section(_RING_SECTION, lane).copy()
+        slots = ring[_RING_HEADER_WORDS:].view(np.uint32).reshape(self.num_slots, _SLOT_WORDS, 2)
+        slots[:, _TIME_WORDS, 0] = 0
+        return board, ring
+
+    def check(self) -> None:
+        """The lanes hold the same bytes, and the kernel's own memory is as it has to be."""
+        (board, ring), (kernel_board, kernel_ring) = self.lane_bytes(0), self.lane_bytes(1)
+        np.testing.assert_array_equal(kernel_board, board)
+        np.testing.assert_array_equal(kernel_ring, ring)
+        np.testing.assert_array_equal(self.totals, self.section(_BOARD_SECTION, 1))
+        assert not self.scratch.any()
+        assert self.state[HEAD] == ring[0]
+
+    def close(self) -> None:
+        self.writer.close()
+        self.folder.cleanup()
