@@ -28,6 +28,12 @@ void register_device(py::module_& m) {
       PyErr_SetString(PyExc_OSError, error.what());
     }
   });
+  m.def(
+      "switch_off_device_site",
+      [](std::uint64_t site) {
+        if (DeviceLanes* lanes = DeviceLanes::of_site(site)) lanes->switch_off(site);
+      },
+      py::arg("site"));
   m.def("device_capability", &cuda::capability, py::arg("device"));
 
   // Never freed, as lanes are not: a captured graph or compiled code may still name them.

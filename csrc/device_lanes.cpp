@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -64,7 +65,7 @@ DeviceLanes* DeviceLanes::of_site(std::uint64_t address) {
   for (std::size_t i = 0; i < count; ++i) {
     DeviceLanes* lanes = g_open[i].load(std::memory_order_acquire);
     if (lanes == nullptr) continue;
-    const std::uint64_t first = lanes->arena_ + lanes->at_.sites;
+    const std::uint64_t first = lanes->site_address(0);
     if (address - first < lanes->layers_.size() * sizeof(Site)) return lanes;
   }
   return nullptr;
@@ -89,7 +90,9 @@ DeviceLanes::DeviceLanes(RecordingWriter* writer, int device, std::uint32_t firs
   cuda::check(driver_.device_get_count(&count), "cuDeviceGetCount");
   only_device_ = count == 1;
   for (const LayerEntry& entry : writer->layers())
-    layers_.push_back({entry.num_experts, entry.top_k, {}});
+    layers_.push_back({entry.num_experts, entry.top_k, entry.board_offset, false, {}});
+  for (std::uint32_t lane = 0; lane < num_lanes; ++lane)
+    boards_.push_back(writer->section(SectionKind::kBoard, first_lane + lane).offset);
   settings_.assign(num_lanes, {1, 1, 0, 0, -1});
   owners_.assign(num_lanes, std::nullopt);
   reserved_.assign(num_lanes, false);
@@ -141,10 +144,8 @@ void DeviceLanes::lay_out() {
     next += aligned(bytes);
     return at;
   };
-  at_.controls = take(lanes * sizeof(ControlBlock));
-  at_.states = take(lanes * sizeof(LaneState));
-  at_.bounds = take(sizeof(kMaxMeanEighths));
-  at_.sites = take(lanes * layers_.size() * sizeof(Site));
+  at_.lanes = take(lanes * sizeof(DeviceLane));
+  at_.sites = take(layers_.size() * sizeof(Site));
   at_.zeroed = next;  // what comes before is copied, what follows cleared
   at_.clock = take(8);
   at_.scratch = take(lanes * at_.scratch_bytes);
@@ -155,38 +156,28 @@ void DeviceLanes::lay_out() {
 void DeviceLanes::fill_arena() {
   std::vector<std::uint8_t> image(at_.zeroed, 0);
   const Divisor every(1);
-  std::memcpy(image.data() + at_.bounds, kMaxMeanEighths, sizeof(kMaxMeanEighths));
   for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-    const Section& board = writer_->section(SectionKind::kBoard, first_lane_ + lane);
     const Section& ring = writer_->section(SectionKind::kRing, first_lane_ + lane);
-    ControlBlock control{};
+    DeviceLane block{};
+    ControlBlock& control = block.control;
     control.magic = kControlMagic;
     control.recording = file_;
     control.enabled = 1;
     control.record_every = 1;
     control.num_valid = -1;
-    control.board = file_ + board.offset;
     control.ring = file_ + ring.offset;
     control.log2_slots = static_cast<std::uint64_t>(__builtin_ctzll(ring.count));
-    control.totals = arena_ + at_.totals + lane * at_.board_bytes;
-    control.state = arena_ + at_.states + lane * sizeof(LaneState);
-    control.max_mean_bounds = arena_ + at_.bounds;
     control.scratch = arena_ + at_.scratch + lane * at_.scratch_bytes;
     control.every_mask = every.mask;
     control.every_inverse = every.inverse;
     control.every_limit = every.limit;
-    const std::uint64_t place = at_.controls + lane * sizeof(ControlBlock);
-    std::memcpy(image.data() + place, &control, sizeof(control));
-    LaneState state{};
-    state.last_layer = -1;
-    std::memcpy(image.data() + at_.states + lane * sizeof(state), &state, sizeof(state));
-    for (std::uint64_t layer = 0; layer < layers_.size(); ++layer) {
-      const std::uint64_t offset = at_.sites + (lane * layers_.size() + layer) * sizeof(Site);
-      const LayerEntry& entry = writer_->layers()[layer];
-      const Site site{
-          kSiteMagic, arena_ + offset, arena_ + place, layer, entry.board_offset, entry.top_k, {}};
-      std::memcpy(image.data() + offset, &site, sizeof(site));
-    }
+    block.state.last_layer = -1;
+    std::copy(std::begin(kMaxMeanEighths), std::end(kMaxMeanEighths), block.max_mean_eighths);
+    std::memcpy(image.data() + at_.lanes + lane * sizeof(block), &block, sizeof(block));
+  }
+  for (std::uint64_t layer = 0; layer < layers_.size(); ++layer) {
+    const Site site{kSiteMagic, site_address(layer), lane_address(0), layer, {}};
+    std::memcpy(image.data() + at_.sites + layer * sizeof(site), &site, sizeof(site));
   }
   cuda::check(driver_.memset_bytes(arena_ + at_.zeroed, 0, at_.bytes - at_.zeroed), "cuMemsetD8");
   cuda::check(driver_.copy_to_device(arena_, image.data(), image.size()), "cuMemcpyHtoD");
@@ -263,9 +254,8 @@ void DeviceLanes::calibrate_clock(const std::string& name, const std::string& co
   }
   cuda::check(driver_.stream_destroy(stream), "cuStreamDestroy");
   for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-    const cuda::Address control = arena_ + at_.controls + lane * sizeof(ControlBlock);
-    cuda::check(driver_.copy_to_device(control + offsetof(ControlBlock, clock_offset_ns), &offset,
-                                       sizeof(offset)),
+    cuda::check(driver_.copy_to_device(lane_address(lane) + offsetof(ControlBlock, clock_offset_ns),
+                                       &offset, sizeof(offset)),
                 "cuMemcpyHtoD");
   }
 }
@@ -287,7 +277,7 @@ void DeviceLanes::set(std::uint32_t lane, const std::string& name, std::int64_t 
                       cuda::Stream stream) {
   if (closed()) return;
   LaneSettings& settings = settings_.at(lane);
-  const cuda::Address control = arena_ + at_.controls + lane * sizeof(ControlBlock);
+  const cuda::Address control = lane_address(lane);
   const cuda::Current current(context_->get());
   int capturing = 0;
   const cuda::Result result = driver_.stream_is_capturing(stream, &capturing);
@@ -335,6 +325,10 @@ std::int64_t DeviceLanes::get(std::uint32_t lane, const std::string& name) const
   throw std::invalid_argument("no setting '" + name + "' of a lane");
 }
 
+void DeviceLanes::switch_off(std::uint64_t site) {
+  layers_.at((site - site_address(0)) / sizeof(Site)).is_off = true;
+}
+
 void* DeviceLanes::reserve(std::uint32_t lane) {
   if (lane >= num_lanes()) {
     throw std::invalid_argument("lane " + std::to_string(lane) + " of a device with " +
@@ -365,6 +359,7 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
   if (closed()) return RecordResult::kIgnored;
   if (number >= layers_.size()) return RecordResult::kBadSite;
   const Layer& layer = layers_[number];
+  if (layer.is_off) return RecordResult::kIgnored;
   const auto& kernels = layer.kernels[slot_of(tensor.form, tensor.id_bytes)];
   const Kernel* kernel = kernels[0];
   if (kernel == nullptr) return RecordResult::kBadShape;
@@ -394,15 +389,21 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
     captured_ = driver_.stream_is_capturing(stream, &capturing) != cuda::kSuccess || capturing != 0;
   }
 
-  cuda::Address data = reinterpret_cast<cuda::Address>(tensor.data);
-  cuda::Address lane_site = site + lane * layers_.size() * sizeof(Site);
-  auto rows = static_cast<std::int32_t>(tensor.rows);
+  // What differs by lane and layer is an argument, so that the kernel has to look nothing up; what
+  // changes while a captured graph lives is in the lane's control block.
+  auto data = reinterpret_cast<cuda::Address>(tensor.data);
+  cuda::Address control = lane_address(lane);
+  cuda::Address totals = arena_ + at_.totals + lane * at_.board_bytes + layer.board_offset;
+  cuda::Address board = file_ + boards_[lane] + layer.board_offset;
+  auto layer_number = static_cast<std::int32_t>(number);
+  auto top_k = static_cast<std::int32_t>(layer.top_k);
+  auto rows = static_cast<std::int32_t>(recomputed ? 0 : tensor.rows);  // seen, not counted
   auto columns = static_cast<std::int32_t>(tensor.columns);
   std::int64_t row_stride = tensor.row_stride, column_stride = tensor.column_stride;
   std::int32_t again = recomputed ? 1 : 0;
   cuda::Address unused[2] = {0, 0};  // Triton's own scratch, which the kernels do without
-  void* params[] = {&data,          &lane_site, &rows,      &columns,  &row_stride,
-                    &column_stride, &again,     &unused[0], &unused[1]};
+  void* params[] = {&data,    &control,    &totals,        &board, &layer_number, &top_k,    &rows,
+                    &columns, &row_stride, &column_stride, &again, &unused[0],    &unused[1]};
   const auto start = [&] {
     return driver_.launch(kernel->function, programs, 1, 1, kernel->threads, 1, 1,
                           kernel->shared_bytes, stream, params, nullptr);
@@ -437,8 +438,7 @@ void DeviceLanes::close() {
     // A graph that is replayed from now on finds no magic and returns.
     const std::uint64_t none = 0;
     for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-      const cuda::Address control = arena_ + at_.controls + lane * sizeof(ControlBlock);
-      cuda::check(driver_.copy_to_device(control, &none, sizeof(none)), "cuMemcpyHtoD");
+      cuda::check(driver_.copy_to_device(lane_address(lane), &none, sizeof(none)), "cuMemcpyHtoD");
     }
     cuda::check(driver_.synchronize(), "cuCtxSynchronize");
     if (captured_) return;

@@ -79,6 +79,9 @@ class DeviceLanes {
   // To be called while nothing launches through these lanes. Idempotent; does nothing in a child.
   void close();
 
+  // Launches nothing more for a site.
+  void switch_off(std::uint64_t site);
+
   // Keeps a lane from being given to a stream, as threads will choose it with the result as
   // LaneChoice's `chosen` and these lanes as its `usual`.
   void* reserve(std::uint32_t lane);
@@ -97,11 +100,13 @@ class DeviceLanes {
   };
   struct Layer {
     std::uint32_t num_experts, top_k;
+    std::uint64_t board_offset;
+    bool is_off;
     // By slot_of(form, id_bytes), then alone or shared.
     std::array<std::array<const Kernel*, 2>, 5> kernels;
   };
   struct Places {  // offsets in the arena
-    std::uint64_t controls, states, bounds, sites, clock, zeroed, scratch, totals, bytes;
+    std::uint64_t lanes, sites, clock, zeroed, scratch, totals, bytes;
     std::uint64_t scratch_bytes, board_bytes;
   };
   struct LaneSettings {
@@ -109,6 +114,9 @@ class DeviceLanes {
     std::int64_t num_valid;
   };
 
+  cuda::Address lane_address(std::uint32_t lane) const {
+    return arena_ + at_.lanes + lane * sizeof(DeviceLane);
+  }
   static std::size_t slot_of(ChoiceForm form, int id_bytes);
   void lay_out();
   void fill_arena();
@@ -131,6 +139,7 @@ class DeviceLanes {
   cuda::Address arena_ = 0, file_ = 0;
   Places at_{};
   std::vector<Layer> layers_;
+  std::vector<std::uint64_t> boards_;  // of each lane: where in the file
   std::vector<LaneSettings> settings_;
   std::vector<std::optional<cuda::Stream>> owners_;  // of each lane
   std::vector<bool> reserved_;

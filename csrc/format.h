@@ -171,7 +171,6 @@ enum RouteWord : std::uint32_t {
 };
 
 // --- What an op receives instead of arguments that could change under a captured graph. ---------
-// On a device, all of it lies in one arena that the recorder owns; the kernel starts at a Site.
 struct ControlBlock {          // one per lane, at a fixed address of the executing device
   std::uint64_t magic;         // 0 once detached: a graph that is replayed later records nothing
   std::uint64_t recording;     // address of the mapped file on that device
@@ -181,31 +180,40 @@ struct ControlBlock {          // one per lane, at a fixed address of the execut
   std::uint32_t map_version;
   std::uint32_t microbatch;
   // The rest is for device lanes; addresses are those of the executing device.
-  std::uint64_t board;            // the lane's board section in the mapped file
-  std::uint64_t ring;             // the lane's RingHeader in the mapped file
-  std::uint64_t log2_slots;       // slots of the ring
-  std::uint64_t totals;           // the board section's words in the device's own memory
-  std::uint64_t state;            // LaneState
-  std::uint64_t max_mean_bounds;  // u32[kMaxMeanBins]: kMaxMeanEighths
-  std::int64_t clock_offset_ns;   // device clock + this = monotonic clock of the host
-  std::uint64_t scratch;          // u32[kScratchCounts + experts of the widest layer]
+  std::uint64_t ring;            // the lane's RingHeader in the mapped file
+  std::uint64_t log2_slots;      // slots of the ring
+  std::int64_t clock_offset_ns;  // device clock + this = monotonic clock of the host
+  std::uint64_t scratch;         // u32[kScratchCounts + experts of the widest layer]
   // n is a multiple of record_every if (n & every_mask) == 0 and n * every_inverse <= every_limit,
   // modulo 2^64: every_mask + 1 is its power of two, every_inverse that of its odd part.
   std::uint64_t every_mask;
   std::uint64_t every_inverse;
   std::uint64_t every_limit;
+  std::uint64_t reserved[4];
 };
-static_assert(offsetof(ControlBlock, board) == 40);
-static_assert(offsetof(ControlBlock, every_limit) == 120);
+static_assert(offsetof(ControlBlock, ring) == 40);
+static_assert(offsetof(ControlBlock, every_limit) == 88);
 static_assert(sizeof(ControlBlock) == 128);
 
 struct LaneState {  // what a device lane remembers from pass to pass
   std::uint64_t iteration;
   std::int64_t last_layer;  // -1 before the first pass
   std::uint64_t head;       // of the ring
-  std::uint64_t reserved[5];
+  std::uint64_t reserved[13];
 };
-static_assert(sizeof(LaneState) == 64);
+static_assert(sizeof(LaneState) == 128);
+
+// A lane on a device. Everything has its place behind one address, so that a kernel can ask for all
+// of it at once: each look that depended on another one would cost a trip to memory.
+struct DeviceLane {
+  ControlBlock control;
+  LaneState state;
+  std::uint32_t max_mean_eighths[kMaxMeanBins];
+  std::uint64_t reserved[16];
+};
+static_assert(offsetof(DeviceLane, state) == 128);
+static_assert(offsetof(DeviceLane, max_mean_eighths) == 256);
+static_assert(sizeof(DeviceLane) == 512);
 
 // Where the programs of one launch meet, u32 words, all zero between launches.
 enum ScratchWord : std::uint32_t {
@@ -220,11 +228,9 @@ enum ScratchWord : std::uint32_t {
 struct Site {  // the tensor a probe passes to the op
   std::uint64_t magic;
   std::uint64_t self;  // its own address: a copied tensor must not write as if it were the original
-  std::uint64_t lane;  // host: a Lane; device: the address of the lane's ControlBlock
+  std::uint64_t lane;  // host: a Lane; device: its first lane's DeviceLane
   std::uint64_t layer;
-  std::uint64_t board_offset;  // bytes, within the board section (device only)
-  std::uint64_t top_k;         // 0: unknown (device only)
-  std::uint64_t reserved[2];
+  std::uint64_t reserved[4];
 };
 static_assert(sizeof(Site) == 64);
 

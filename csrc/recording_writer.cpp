@@ -250,8 +250,6 @@ void RecordingWriter::bind_site(void* address, std::uint32_t lane, std::uint64_t
                reinterpret_cast<std::uintptr_t>(address),
                reinterpret_cast<std::uintptr_t>(lanes_.at(lane)),
                layer,
-               0,
-               0,
                {}};
   sites_.push_back(site);
 }

@@ -88,7 +88,11 @@ def report_fault(site: torch.Tensor, fault: _C.Fault, detail: str) -> None:
         log.error("telemetry fault %s at %s: %s", fault.name, name, detail)
     if recorder is not None:
         recorder.add_fault(fault)
-    if fault not in _PASSING:
+    if fault in _PASSING:
+        return
+    if site.is_cuda:
+        _C.switch_off_device_site(original)
+    else:
         site[0] = 0
 
 

@@ -19,8 +19,9 @@ from fake_cuda import FakeCuda
 FORMS = [(0, 2), (0, 4), (0, 8), (1, 0), (2, 0)]  # form and bytes of an id
 MAGIC = 0x4C525443434F4444
 # Byte offsets in ControlBlock, csrc/format.h.
-ENABLED, EVERY, NUM_VALID, MAP_VERSION, MICROBATCH, CLOCK = 16, 20, 24, 32, 36, 88
-MASK, INVERSE, LIMIT = 104, 112, 120
+ENABLED, EVERY, NUM_VALID, MAP_VERSION, MICROBATCH, CLOCK = 16, 20, 24, 32, 36, 56
+MASK, INVERSE, LIMIT = 72, 80, 88
+LANE_BYTES = 512
 
 
 def block_of(columns: int) -> int:
@@ -96,10 +97,9 @@ class OnDevice:
         return _C.launch_map(site, 0x7000, packed, rows, columns, columns, 1, False, 0)
 
     def control(self, lane: int, device: int = 0) -> int:
-        """Address of a lane's control block, as its sites name it."""
-        lanes = self.devices[device]
-        site = lanes.site_address(0) + lane * len(self.layers) * _C.SITE_BYTES
-        return int(words_at(site, 8)[2])
+        """Address of a lane's DeviceLane, as its sites name it."""
+        site = self.devices[device].site_address(0)
+        return int(words_at(site, 8)[2]) + lane * LANE_BYTES
 
     def word(self, lane: int, offset: int, kind: Any = ctypes.c_uint32) -> int:
         return int(kind.from_address(self.control(lane) + offset).value)

@@ -28,7 +28,11 @@ class Launch(NamedTuple):
     shared_bytes: int
     stream: int
     data: int
-    site: int
+    control: int
+    totals: int
+    board: int
+    layer: int
+    top_k: int
     rows: int
     columns: int
     row_stride: int
@@ -104,7 +108,7 @@ class FakeCuda:
         """Hands launched kernels to `run(name, arguments, programs)`."""
 
         def call(name: bytes, arguments: ctypes._Pointer[ctypes.c_uint64], programs: int) -> None:
-            run(name.decode(), [arguments[i] for i in range(9)], programs)
+            run(name.decode(), [arguments[i] for i in range(13)], programs)
 
         self._run = _RUN(call)
         self._library.fake_run(self._run)
@@ -124,19 +128,10 @@ class FakeCuda:
         """All launches but those of clock kernels."""
         found = []
         for index in range(self._library.fake_num_launches()):
-            words = (ctypes.c_uint64 * 13)()
+            words = (ctypes.c_uint64 * 17)()
             name = self._library.fake_launch(index, words).decode()
-            programs, threads, shared, stream, data, site, *numbers, one, two = list(words)
-            rows, columns, row_stride, column_stride, recomputed = (
-                n - (1 << 64) if n >= 1 << 63 else n for n in numbers
-            )
-            found.append(
-                Launch(
-                    *(name, programs, threads, shared, stream, data, site),
-                    *(rows, columns, row_stride, column_stride, recomputed),
-                    (one, two),
-                )
-            )
+            *numbers, one, two = (n - (1 << 64) if n >= 1 << 63 else n for n in words)
+            found.append(Launch(name, *numbers, (one, two)))
         return found
 
     def live(self) -> Live:

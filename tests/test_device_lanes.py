@@ -6,6 +6,7 @@ import ctypes
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from device_cases import (
@@ -35,48 +36,60 @@ def cuda() -> FakeCuda:
     return FakeCuda()
 
 
-def test_sites_name_their_layer_lane_and_block(tmp_path: Path, cuda: FakeCuda) -> None:
+def test_sites_name_their_layer_and_the_lanes(tmp_path: Path, cuda: FakeCuda) -> None:
     with OnDevice(tmp_path, cuda, [(8, 2), (60, 4), (384, 8)], lanes=2) as on:
-        for layer, (num_experts, top_k) in enumerate(on.layers):
-            for lane in range(2):
-                address = on.lanes.site_address(layer) + lane * 3 * _C.SITE_BYTES
-                magic, itself, control, number, offset, k, *rest = words_at(address, 8)
-                assert magic == 0x455449534F434F44
-                assert (itself, control) == (address, on.control(lane))
-                assert (number, k, *rest) == (layer, top_k, 0, 0)
-                counts = -(-num_experts // 8) * 8
-                assert offset == sum(
-                    8 * (16 + -(-e // 8) * 8 + 20 * 64) for e, _ in on.layers[:layer]
-                ), (counts, "blocks lie in order")
+        for layer in range(3):
+            address = on.lanes.site_address(layer)
+            magic, itself, control, number, *rest = words_at(address, 8)
+            assert magic == 0x455449534F434F44
+            assert (itself, control, number) == (address, on.control(0), layer)
+            assert rest == [0, 0, 0, 0]
         with pytest.raises(ValueError, match="no layer 3"):
             on.lanes.site_address(3)
 
 
-def test_controls_lead_to_the_lanes_own_parts_of_the_file(tmp_path: Path, cuda: FakeCuda) -> None:
+def test_a_lane_has_its_own_parts_of_the_file_and_of_the_device(
+    tmp_path: Path, cuda: FakeCuda
+) -> None:
     with OnDevice(tmp_path, cuda, host_lanes=1, lanes=2) as on:
         reader = on.reader
         seen = set()
         for lane in range(2):
-            control = words_at(on.control(lane), 16)
+            words = words_at(on.control(lane), 64)
+            control, state, bounds = words[:16], words[16:32], words[32:48]
             assert control[0] == MAGIC
             file = int(control[1])
             assert words_at(file, 1)[0] == 0x0A0D4F434F444F44, "the device's address of the file"
+            ring, log2_slots, scratch = int(control[5]), int(control[6]), int(control[8])
+            assert 1 << log2_slots == reader.num_slots
+            assert state.tolist() == [0, 2**64 - 1] + [0] * 14
+            assert not words_at(scratch, (8 + 64) // 2).any()
+            eighths = bounds.view(np.uint32)
+            assert [bound / 8 for bound in eighths] == list(_C.MAX_MEAN_BOUNDS)
             # What is stored through the device's addresses is in the file.
-            board, ring, log2_slots, totals, state = (int(word) for word in control[5:10])
-            ctypes.c_uint64.from_address(board + 8).value = 70 + lane
             ctypes.c_uint64.from_address(ring).value = lane + 1
             assert _C.RecordingReader(str(on.path)).head(1 + lane) == lane + 1
-            words, _ = _C.RecordingReader(str(on.path)).board(1 + lane, 0)
-            assert words[1] == 70 + lane
-            assert 1 << log2_slots == reader.num_slots
-            assert words_at(state, 3).tolist() == [0, 2**64 - 1, 0]
-            scratch = int(control[12])
-            assert not words_at(scratch, (8 + 64) // 2).any()
-            assert not words_at(totals, 100).any()
-            bounds = (ctypes.c_uint32 * 32).from_address(int(control[10]))
-            assert [eighths / 8 for eighths in bounds] == list(_C.MAX_MEAN_BOUNDS)
-            seen |= {board, ring, totals, state, scratch}
-        assert len(seen) == 10, "lanes share nothing"
+            seen |= {ring, scratch}
+        assert len(seen) == 4, "lanes share nothing"
+
+
+def test_a_launch_names_the_layers_block_in_both_memories(tmp_path: Path, cuda: FakeCuda) -> None:
+    shapes = [(8, 2), (60, 4), (384, 8)]
+    with OnDevice(tmp_path, cuda, shapes, lanes=2) as on:
+        seen = set()
+        for lane, stream in enumerate((0, 7)):
+            for layer in range(3):
+                assert on.launch_ids(layer, stream=stream) == 0
+                launch = cuda.launches()[-1]
+                assert (launch.control, launch.layer) == (on.control(lane), layer)
+                assert launch.top_k == shapes[layer][1]
+                size = 16 + -(-shapes[layer][0] // 8) * 8 + 20 * 64
+                assert not words_at(launch.totals, size).any()
+                ctypes.c_uint64.from_address(launch.board + 8).value = 70 + layer
+                words, _ = _C.RecordingReader(str(on.path)).board(1 + lane, layer)
+                assert (words[1], len(words)) == (70 + layer, size)
+                seen |= {launch.totals, launch.board}
+        assert len(seen) == 12
 
 
 def test_a_file_is_registered_once_and_each_device_has_its_own_address(tmp_path: Path) -> None:

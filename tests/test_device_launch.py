@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from device_cases import OnDevice, add_kernels
+from device_cases import LANE_BYTES, OnDevice, add_kernels
 from dodoco_ext import _C
 from fake_cuda import FakeCuda
 
@@ -31,17 +31,16 @@ def test_a_pass_is_one_call_of_the_driver(tmp_path: Path, cuda: FakeCuda) -> Non
     assert calls == ["cuLaunchKernel"] * 4
 
 
-def test_a_kernel_gets_the_tensor_the_lanes_site_and_no_scratch(
-    tmp_path: Path, cuda: FakeCuda
-) -> None:
+def test_a_kernel_gets_the_tensor_the_layer_and_no_scratch(tmp_path: Path, cuda: FakeCuda) -> None:
     with OnDevice(tmp_path, cuda) as on:
         on.launch_ids(1, rows=5, k=3, data=0x7100, id_bytes=4, recomputed=True)
         on.launch_map(1, 6, 60, packed=False)
         on.launch_map(1, 7, 8, packed=True)
         ids, byte_map, bit_map = cuda.launches()
         assert ids.name == "f0b4e60k4a"
-        assert (ids.data, ids.site) == (0x7100, on.lanes.site_address(1))
-        assert (ids.rows, ids.columns, ids.row_stride, ids.column_stride) == (5, 3, 3, 1)
+        assert (ids.data, ids.control, ids.layer, ids.top_k) == (0x7100, on.control(0), 1, 4)
+        # A recomputed pass is seen and not read.
+        assert (ids.rows, ids.columns, ids.row_stride, ids.column_stride) == (0, 3, 3, 1)
         assert (ids.recomputed, ids.scratch) == (1, (0, 0))
         assert (ids.programs, ids.threads, ids.shared_bytes, ids.stream) == (1, 128, 512, 0)
         assert (byte_map.name, byte_map.rows, byte_map.columns) == ("f1b0e60k4a", 6, 60)
@@ -117,9 +116,8 @@ def test_a_layer_without_a_kernel_is_refused(tmp_path: Path, cuda: FakeCuda) -> 
         assert on.launch_ids() == SHAPE
 
 
-@pytest.mark.parametrize("shift", [-64, 64 * 4, 1 << 20])
+@pytest.mark.parametrize("shift", [-64, 64 * 2, 1 << 20])
 def test_a_copied_site_is_never_looked_into(tmp_path: Path, cuda: FakeCuda, shift: int) -> None:
-    """Nor one of another lane: sites of tensors are those of the first."""
     with OnDevice(tmp_path, cuda) as on, cuda.calls_made() as calls:
         site = on.lanes.site_address(0) + shift
         assert _C.launch_ids(site, 0x7000, 8, 4, 2, 2, 1, False, 0) == COPIED
@@ -136,12 +134,21 @@ def test_a_refused_launch_is_a_result_and_the_next_one_is_tried(
         assert on.launch_ids() == RECORDED
 
 
+def test_a_site_that_is_switched_off_launches_nothing_more(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        _C.switch_off_device_site(on.lanes.site_address(0))
+        _C.switch_off_device_site(1 << 40)  # nobody's
+        with cuda.calls_made() as calls:
+            assert on.launch_ids(0) == IGNORED
+            assert on.launch_ids(1) == RECORDED
+        assert calls == ["cuLaunchKernel"]
+
+
 # --- lanes ----------------------------------------------------------------------------------------
 
 
 def lanes_used(on: OnDevice, cuda: FakeCuda) -> list[int]:
-    size = len(on.layers) * _C.SITE_BYTES
-    return [(launch.site - on.lanes.site_address(0)) // size for launch in cuda.launches()]
+    return [(launch.control - on.control(0)) // LANE_BYTES for launch in cuda.launches()]
 
 
 def test_each_stream_has_a_lane_and_keeps_it(tmp_path: Path, cuda: FakeCuda) -> None:
@@ -187,9 +194,9 @@ def test_a_choice_holds_for_its_own_device(tmp_path: Path) -> None:
         on.launch_ids(device=0)
         on.launch_ids(device=1)
         del choice
-        first, second = (launch.site for launch in cuda.launches())
-        assert first == on.devices[0].site_address(0)
-        assert second == on.devices[1].site_address(0) + 2 * _C.SITE_BYTES
+        first, second = (launch.control for launch in cuda.launches())
+        assert first == on.control(0, device=0)
+        assert second == on.control(1, device=1)
 
 
 def test_where_several_devices_are_the_right_one_is_made_current(tmp_path: Path) -> None:

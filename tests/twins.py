@@ -24,17 +24,16 @@ from format_reader import FormatReader
 Array = NDArray[Any]
 
 CONTROL_MAGIC = 0x4C525443434F4444
-SITE_MAGIC = 0x455449534F434F44
 MAX_MEAN_EIGHTHS = (
     8, 9, 10, 11, 12, 14, 16, 18, 20, 22, 24, 28, 32, 36, 40, 48,
     56, 64, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048,
 )  # fmt: skip
 
-# Words of the ControlBlock of csrc/format.h.
-MAGIC, _, SWITCHES, NUM_VALID, MARKS, BOARD, RING, LOG2_SLOTS, TOTALS = range(9)
-STATE, BOUNDS, CLOCK_OFFSET, SCRATCH, EVERY_MASK, EVERY_INVERSE, EVERY_LIMIT = range(9, 16)
-# Words of the LaneState.
-ITERATION, LAST_LAYER, HEAD = range(3)
+# Words of the DeviceLane of csrc/format.h: its ControlBlock, its LaneState, the bounds of bins.
+MAGIC, _, SWITCHES, NUM_VALID, MARKS, RING, LOG2_SLOTS, CLOCK_OFFSET, SCRATCH = range(9)
+EVERY = slice(9, 12)
+ITERATION, LAST_LAYER, HEAD = range(16, 19)
+BOUNDS = slice(32, 48)
 
 _LANE, _KERNEL_LANE = 0, 1
 _BOARD_SECTION, _RING_SECTION = 3, 4
@@ -92,25 +91,17 @@ class Twins:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        board, ring = self.section(_BOARD_SECTION, 1), self.section(_RING_SECTION, 1)
+        self.board = self.section(_BOARD_SECTION, 1)
         widest = max(experts for experts, _ in self.layers)
-        self.control = np.zeros(16, np.int64)
-        self.state = np.array([0, -1, 0, 0, 0, 0, 0, 0], np.int64)
+        self.control = np.zeros(64, np.int64)
         self.scratch = np.zeros(8 + widest, np.uint32)
-        self.totals = np.zeros(len(board), np.uint64)
-        self.bounds = np.array(MAX_MEAN_EIGHTHS, np.uint32)
+        self.totals = np.zeros(len(self.board), np.uint64)
         self.control[MAGIC] = CONTROL_MAGIC
-        self.control[NUM_VALID] = -1
+        self.control[NUM_VALID] = self.control[LAST_LAYER] = -1
         self.control[LOG2_SLOTS] = self.num_slots.bit_length() - 1
-        for word, array in (
-            (BOARD, board), (RING, ring), (TOTALS, self.totals), (STATE, self.state),
-            (BOUNDS, self.bounds), (SCRATCH, self.scratch),
-        ):  # fmt: skip
-            self.control[word] = array.ctypes.data
-        self.sites = np.zeros((len(self.layers), 8), np.int64)
-        for index, (site, (_, top_k)) in enumerate(zip(self.sites, self.layers, strict=True)):
-            offset = self.format.layers[index][2]
-            site[:6] = SITE_MAGIC, site.ctypes.data, self.control.ctypes.data, index, offset, top_k
+        self.control[RING] = self.section(_RING_SECTION, 1).ctypes.data
+        self.control[SCRATCH] = self.scratch.ctypes.data
+        self.control[BOUNDS] = np.array(MAX_MEAN_EIGHTHS, np.uint32).view(np.int64)
         self.enabled, self.every, self.map_version, self.microbatch = 1, 1, 0, 0
         self.set()
 
@@ -126,7 +117,7 @@ class Twins:
         self.control[SWITCHES] = words_of(self.enabled, self.every)
         self.control[MARKS] = words_of(self.map_version, self.microbatch)
         self.control[NUM_VALID] = self.num_valid
-        self.control[EVERY_MASK:] = np.array(divisor_words(self.every), np.uint64).view(np.int64)
+        self.control[EVERY] = np.array(divisor_words(self.every), np.uint64).view(np.int64)
         lane = self.host_lane
         lane.enabled, lane.record_every, lane.num_valid = self.enabled, self.every, self.num_valid
         lane.microbatch = self.microbatch
@@ -178,7 +169,10 @@ class Twins:
         held = torch.from_numpy(np.lib.stride_tricks.as_strided(data, (int(data.size > 0),), (0,)))
         self.kernel[(max(launch.programs, 1),)](
             held,
-            torch.from_numpy(self.sites[layer]),
+            torch.from_numpy(self.control),
+            *self.blocks(layer),
+            layer,
+            self.layers[layer][1],
             *data.shape,
             *strides,
             int(recomputed),
@@ -189,6 +183,11 @@ class Twins:
             SHARED=int(launch.programs > 0),
             CLOCK=0,
         )
+
+    def blocks(self, layer: int) -> list[torch.Tensor]:
+        """The layer's board block in the kernel's own memory, and in the file."""
+        words = slice(self.format.layers[layer][2] // 8, None)
+        return [torch.from_numpy(all_[words].view(np.int64)) for all_ in (self.totals, self.board)]
 
     def lane_bytes(self, lane: int) -> tuple[Array, Array]:
         """Board and ring of a lane, copied, stamps set to 0."""
@@ -207,7 +206,7 @@ class Twins:
         np.testing.assert_array_equal(kernel_ring, ring)
         np.testing.assert_array_equal(self.totals, self.section(_BOARD_SECTION, 1))
         assert not self.scratch.any()
-        assert self.state[HEAD] == ring[0]
+        assert self.control[HEAD] == ring[0]
 
     def close(self) -> None:
         self.writer.close()

@@ -123,8 +123,8 @@ def variants(num_experts: int, top_k: int, forms: Collection[int]) -> list[Varia
             warps = _SHARED_WARPS if shared else alone_warps
             if form == route_stats.IDS:
                 block_k = block_k_of(top_k)
-                # One or four ids a thread at a time.
-                block_rows = max(warps * _WARP * (4 if shared else 1) // block_k, 1)
+                # Four ids a thread at a time: few trips to memory.
+                block_rows = max(warps * _WARP * 4 // block_k, 1)
                 small = min(_SMALL_PASS // block_k, max(block_e, 128))
             else:
                 block_k = 1
@@ -164,7 +164,11 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     }
     signature = {
         "data": data,
-        "site": "*i64",
+        "control": "*i64",
+        "totals": "*i64",
+        "board": "*i64",
+        "layer": "i32",
+        "top_k": "i32",
         "num_rows": "i32",
         "num_columns": "i32",
         "row_stride": "i64",

@@ -1,9 +1,11 @@
 """The observing kernel: a router's choice -> tokens per expert, statistics, board and ring.
 
 One launch does what `Lane::record` of `csrc/lane.cpp` does, and leaves the same bytes in the
-recording. It is given a site and reads all else from there: where its counters live, whether it
-records, which rows are real. Small passes run in one program; large ones in several, which meet in
-the lane's scratch, and the last of them finishes the pass.
+recording. What differs by layer and lane is an argument. What may change while a captured graph lives
+(whether it records, which rows are real) is in the lane's control block, and all of it is asked for
+at once, before anything is decided: in a pass of a few tokens, trips to memory are what costs. Small
+passes run in one program; large ones in several, which meet in the lane's scratch, and the last of
+them finishes the pass.
 
 All arithmetic is on integers, without one division: statistics are numerators and bins follow from
 comparisons, so that the interpreter, a GPU and the C++ writer agree to the bit.
@@ -26,7 +28,6 @@ MAX_EXPERTS = 1024
 """Most experts of a layer."""
 
 # csrc/format.h, restated: tests/test_kernel_layout.py compares.
-_SITE_MAGIC = tl.constexpr(0x455449534F434F44)
 _CONTROL_MAGIC = tl.constexpr(0x4C525443434F4444)
 _BOARD_WORDS = tl.constexpr(16)
 _RECOMPUTED = tl.constexpr(6)
@@ -35,6 +36,9 @@ _BINS = tl.constexpr(32)
 _RING_HEADER_BYTES = tl.constexpr(128)
 _SLOT_WORDS = tl.constexpr(16)
 _SCRATCH_COUNTS = tl.constexpr(8)
+# A DeviceLane, in int64 words: its ControlBlock, then its LaneState, then the bounds of bins.
+_STATE = tl.constexpr(16)
+_BOUNDS = tl.constexpr(32)
 
 _IDS = tl.constexpr(IDS)
 _BITS = tl.constexpr(BITS)
@@ -75,6 +79,7 @@ def _pick16(at, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14,
 def _count_ids(
     data,
     first_row,
+    num_rows,
     real_rows,
     row_step,
     num_columns,
@@ -96,12 +101,13 @@ def _count_ids(
     counts = tl.zeros([BLOCK_E], dtype=tl.int32)
     tokens = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
     paddings = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
-    for first in range(first_row, real_rows, row_step):
+    for first in range(first_row, num_rows, row_step):
+        # Loaded before it is known which rows are real.
+        ids = tl.load(tile, mask=(row_in_tile < num_rows - first)[:, None] & has_slot, other=-1)
         has_row = row_in_tile < real_rows - first
         inside = has_row[:, None] & has_slot
-        ids = tl.load(tile, mask=inside, other=-1)
         # Compared as they are, before they are narrowed: 2^32 + 3 is not expert 3.
-        valid = (ids >= 0) & (ids < E)
+        valid = inside & (ids >= 0) & (ids < E)
         padding = tl.sum((inside & (ids == -1)).to(tl.int32), axis=1)
         paddings += padding
         tokens += (has_row & (padding < num_columns)).to(tl.int32)
@@ -119,6 +125,7 @@ def _count_ids(
 def _count_map(
     data,
     first_row,
+    num_rows,
     real_rows,
     row_step,
     top_k,
@@ -140,9 +147,11 @@ def _count_map(
     )
     chosen = tl.zeros([BLOCK_ROWS, BLOCK_E], dtype=tl.int32)
     missing = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
-    for first in range(first_row, real_rows, row_step):
+    for first in range(first_row, num_rows, row_step):
+        loaded = (row_in_tile < num_rows - first)[:, None] & has_column
+        values = tl.load(tile, mask=loaded, other=0).to(tl.int32)
         has_row = row_in_tile < real_rows - first
-        values = tl.load(tile, mask=has_row[:, None] & has_column, other=0).to(tl.int32)
+        values = tl.where(has_row[:, None], values, 0)
         if PACKED:
             here = (values >> (expert & 7)[None, :]) & 1
             routed = tl.sum(tl.where((expert < E)[None, :], here, 0), axis=1)
@@ -186,9 +195,16 @@ def _gini_numerator(counts, largest, E: tl.constexpr, BLOCK_E: tl.constexpr, SOR
 
 @triton.jit
 def _finish(
-    site,
     control,
+    totals,
+    board,
     layer,
+    iteration,
+    last_layer,
+    head,
+    switches,
+    old_words,
+    old_counts,
     counts,
     tokens,
     padded,
@@ -198,38 +214,24 @@ def _finish(
     BLOCK_E: tl.constexpr,
     SORT: tl.constexpr,
     CLOCK: tl.constexpr,
-    scratch,
-    SHARED: tl.constexpr,
 ):
     """Advances the iteration; if enabled, adds the pass to the board and perhaps to the ring."""
     expert = tl.arange(0, BLOCK_E)
-    state = _words(tl.load(control + 9))
-    iteration = tl.load(state)
-    last_layer = tl.load(state + 1)
-    head = tl.load(state + 2)
-    switches = tl.load(control + 2)
-    offset = tl.load(site + 4)
-    totals = _words(tl.load(control + 8) + offset)
     word = tl.arange(0, _BOARD_WORDS)
-    old_words = tl.load(totals + word)
-    old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
-    # What follows stores: no warp may still have to load.
-    tl.debug_barrier()
-    if SHARED:
-        tl.store(scratch + tl.arange(0, _SCRATCH_COUNTS), 0)
-        tl.store(scratch + _SCRATCH_COUNTS + expert, 0, mask=expert < E)
+    marks = tl.load(control + 4)
+    ring = tl.load(control + 5)
+    log2_slots = tl.load(control + 6)
+    every = tl.load(control + 9).to(tl.uint64)
+    inverse = tl.load(control + 10).to(tl.uint64)
+    limit = tl.load(control + 11).to(tl.uint64)
     iteration += (layer <= last_layer).to(tl.int64)
-    tl.store(state, iteration)
-    tl.store(state + 1, layer)
+    tl.store(control + _STATE, iteration)
+    tl.store(control + _STATE + 1, layer.to(tl.int64))
     if switches.to(tl.int32) != 0:
-        every = tl.load(control + 13).to(tl.uint64)
-        inverse = tl.load(control + 14).to(tl.uint64)
-        limit = tl.load(control + 15).to(tl.uint64)
         count = iteration.to(tl.uint64)
         divisible = ((count & every) == 0) & (count * inverse <= limit)
         recorded = divisible | ((switches.to(tl.uint64) >> 33) == 0)
-        now = globaltimer() + tl.load(control + 11) if CLOCK else tl.full([], 0, tl.int64)
-        board = _words(tl.load(control + 5) + offset)
+        now = globaltimer() + tl.load(control + 7) if CLOCK else tl.full([], 0, tl.int64)
         assignments = tl.sum(counts)
         largest = tl.max(counts)
 
@@ -251,8 +253,7 @@ def _finish(
             if assignments != 0:
                 # The bin is the number of lower bounds, but the first, that are reached.
                 lane = tl.arange(0, _BINS)
-                bounds = _narrow_words(tl.load(control + 10))
-                bound = tl.load(bounds + lane)
+                bound = tl.load((control + _BOUNDS).to(tl.pointer_type(tl.int32)) + lane)
                 mass = assignments.to(tl.int64)
                 gini = numerator * _BINS >= lane.to(tl.int64) * (mass * E)
                 max_mean = largest.to(tl.int64) * (8 * E) >= bound.to(tl.int64) * mass
@@ -270,19 +271,16 @@ def _finish(
                 tl.store(totals + at, passes)
                 tl.store(board + at, passes)
 
-            ring = tl.load(control + 6)
-            log2_slots = tl.load(control + 7)
             lap = head.to(tl.uint64) >> log2_slots.to(tl.uint64)
             # lap mod (2^32 - 1), plus 1: 2^32 is 1 there, so the halves are added.
             folded = (lap & 0xFFFFFFFF) + (lap >> 32)
             folded = (folded & 0xFFFFFFFF) + (folded >> 32) + 1
             epoch = tl.where(folded == 0x100000000, 1, folded)
             index = head & ((tl.full([], 1, tl.int64) << log2_slots) - 1)
-            marks = tl.load(control + 4)
             values = _pick16(
                 word,
                 1 | 1 << 8,
-                layer.to(tl.int32) | ((marks >> 32).to(tl.int32) << 16),
+                layer | ((marks >> 32).to(tl.int32) << 16),
                 iteration.to(tl.int32),
                 (iteration >> 32).to(tl.int32),
                 now.to(tl.int32),
@@ -301,7 +299,7 @@ def _finish(
             slot = _words(ring + _RING_HEADER_BYTES + index * (_SLOT_WORDS * 8))
             stored = values.to(tl.uint32, bitcast=True).to(tl.uint64) | (epoch << 32)
             tl.store(slot + word, stored.to(tl.int64))
-            tl.store(state + 2, head + 1)
+            tl.store(control + _STATE + 2, head + 1)
             tl.store(_words(ring), head + 1)
         tl.store(board + word, new_words, mask=(word != 0) & (word != 9))
         tl.debug_barrier()
@@ -309,13 +307,20 @@ def _finish(
 
 
 # Nothing may compile while a model serves, so nothing is specialised on.
-_PLAIN = ["data", "site", "num_rows", "num_columns", "row_stride", "column_stride", "recomputed"]
+_PLAIN = [
+    *("data", "control", "totals", "board", "layer", "top_k"),
+    *("num_rows", "num_columns", "row_stride", "column_stride", "recomputed"),
+]
 
 
 @triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_PLAIN)
 def observe(
     data,
-    site,
+    control,
+    totals,
+    board,
+    layer,
+    top_k,
     num_rows,
     num_columns,
     row_stride,
@@ -332,7 +337,11 @@ def observe(
 
     Args:
         data: Ids [rows, k] int16, int32 or int64, or a map of bytes or bits; see FORM.
-        site: The layer's Site (csrc/format.h), int64 words.
+        control: The lane's DeviceLane (csrc/format.h), int64 words.
+        totals: The layer's board block in the device's own memory, int64 words.
+        board: The same block in the recording, int64 words.
+        layer: Index of the layer, i32.
+        top_k: Experts a token, i32; 0: unknown. For maps, to tell what capacity dropped.
         num_rows: Rows, i32.
         num_columns: Columns, i32; k of ids, at most BLOCK_K.
         row_stride: Elements from row to row, i64.
@@ -346,85 +355,96 @@ def observe(
         CLOCK: 1: passes are stamped by the device's clock; 0: with 0.
     """
     BLOCK_E: tl.constexpr = max(32, triton.next_power_of_2(E))
-    site = tl.multiple_of(site, 16)
+    control = tl.multiple_of(control, 16)
+    totals = tl.multiple_of(totals, 16)
+    board = tl.multiple_of(board, 16)
     program = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    word = tl.arange(0, _BOARD_WORDS)
+    magic = tl.load(control)
+    switches = tl.load(control + 2)
+    num_valid = tl.load(control + 3).to(tl.uint64)
+    iteration = tl.load(control + _STATE)
+    last_layer = tl.load(control + _STATE + 1)
+    head = tl.load(control + _STATE + 2)
+    old_words = tl.load(totals + word)
+    old_counts = tl.zeros([BLOCK_E], dtype=tl.int64)
+    if not SHARED:
+        old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
+
+    # Negative: all rows are real; as an unsigned number it is the larger one.
+    real_rows = tl.minimum(num_valid, num_rows.to(tl.uint64)).to(tl.int32)
+    first_row = program * BLOCK_ROWS
+    row_step = tl.num_programs(0) * BLOCK_ROWS
+    if FORM == _IDS:
+        counts, tokens, paddings = _count_ids(
+            data, first_row, num_rows, real_rows, row_step, num_columns, row_stride,
+            column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS,
+        )  # fmt: skip
+        invalid = 0
+        dropped = 0
+    else:
+        counts, invalid, dropped = _count_map(
+            data, first_row, num_rows, real_rows, row_step, top_k, row_stride,
+            column_stride, FORM == _BITS, E, BLOCK_E, BLOCK_ROWS,
+        )  # fmt: skip
+        tokens = real_rows
+        paddings = 0
+
     # Cleared once detached: a graph that is replayed later must not touch what is gone.
-    if tl.load(site) == _SITE_MAGIC:
-        control = _words(tl.load(site + 2))
-        layer = tl.load(site + 3)
-        if tl.load(control) == _CONTROL_MAGIC:
-            if recomputed != 0:
-                # By one program: its word has no other writer.
-                if program == 0:
-                    offset = tl.load(site + 4) + _RECOMPUTED * 8
-                    total = (tl.load(control + 8) + offset).to(tl.pointer_type(tl.int64))
-                    board = (tl.load(control + 5) + offset).to(tl.pointer_type(tl.int64))
-                    passes = tl.load(total) + 1
-                    tl.debug_barrier()
-                    tl.store(total, passes)
-                    tl.store(board, passes)
-            else:
-                # Negative: all rows are real; as an unsigned number it is the larger one.
-                num_valid = tl.load(control + 3).to(tl.uint64)
-                real_rows = tl.minimum(num_valid, num_rows.to(tl.uint64)).to(tl.int32)
-                first_row = program * BLOCK_ROWS
-                row_step = tl.num_programs(0) * BLOCK_ROWS
+    if magic == _CONTROL_MAGIC:
+        # All warps have loaded what is stored from here on.
+        tl.debug_barrier()
+        if recomputed != 0:
+            # By one program: its word has no other writer.
+            if program == 0:
+                passes = old_words + 1
+                tl.store(totals + word, passes, mask=word == _RECOMPUTED)
+                tl.store(board + word, passes, mask=word == _RECOMPUTED)
+        else:
+            last = True
+            if SHARED:
+                scratch = _narrow_words(tl.load(control + 8))
+                met = tl.arange(0, _SCRATCH_COUNTS)
                 if FORM == _IDS:
-                    counts, tokens, paddings = _count_ids(
-                        data, first_row, real_rows, row_step, num_columns, row_stride,
-                        column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS,
-                    )  # fmt: skip
-                    invalid = 0
-                    dropped = 0
+                    found = tl.where(met == 1, tokens, tl.where(met == 2, paddings, 0))
                 else:
-                    top_k = tl.load(site + 5).to(tl.int32)
-                    counts, invalid, dropped = _count_map(
-                        data, first_row, real_rows, row_step, top_k, row_stride,
-                        column_stride, FORM == _BITS, E, BLOCK_E, BLOCK_ROWS,
-                    )  # fmt: skip
-                    tokens = real_rows
-                    paddings = 0
-                scratch = _narrow_words(tl.load(control + 12))
-                last = True
-                if SHARED:
-                    expert = tl.arange(0, BLOCK_E)
-                    met = tl.arange(0, _SCRATCH_COUNTS)
-                    if FORM == _IDS:
-                        found = tl.where(met == 1, tokens, tl.where(met == 2, paddings, 0))
-                    else:
-                        found = tl.where(met == 3, invalid, tl.where(met == 4, dropped, 0))
-                    tl.atomic_add(scratch + met, found, mask=found != 0, sem="relaxed")
-                    tl.atomic_add(
-                        scratch + _SCRATCH_COUNTS + expert,
-                        counts,
-                        mask=(expert < E) & (counts != 0),
-                        sem="relaxed",
-                    )
-                    # All warps have added before one thread draws the ticket that releases it.
-                    tl.debug_barrier()
-                    ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")
-                    last = ticket == tl.num_programs(0) - 1
-                    if last:
-                        counts = tl.load(
-                            scratch + _SCRATCH_COUNTS + expert, mask=expert < E, other=0
-                        )
-                        if FORM == _IDS:
-                            tokens = tl.load(scratch + 1)
-                            paddings = tl.load(scratch + 2)
-                        else:
-                            invalid = tl.load(scratch + 3)
-                            dropped = tl.load(scratch + 4)
+                    found = tl.where(met == 3, invalid, tl.where(met == 4, dropped, 0))
+                tl.atomic_add(scratch + met, found, mask=found != 0, sem="relaxed")
+                tl.atomic_add(
+                    scratch + _SCRATCH_COUNTS + expert,
+                    counts,
+                    mask=(expert < E) & (counts != 0),
+                    sem="relaxed",
+                )
+                # All warps have added before one thread draws the ticket that releases it.
+                tl.debug_barrier()
+                ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")
+                last = ticket == tl.num_programs(0) - 1
                 if last:
-                    beyond = num_rows - real_rows
+                    counts = tl.load(scratch + _SCRATCH_COUNTS + expert, mask=expert < E, other=0)
+                    old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
                     if FORM == _IDS:
-                        padded = beyond * num_columns + paddings
-                        invalid = num_rows * num_columns - padded - tl.sum(counts)
+                        tokens = tl.load(scratch + 1)
+                        paddings = tl.load(scratch + 2)
                     else:
-                        padded = beyond * top_k
-                    _finish(
-                        site, control, layer, counts, tokens, padded, invalid, dropped,
-                        E, BLOCK_E, SHARED, CLOCK, scratch, SHARED,
-                    )  # fmt: skip
+                        invalid = tl.load(scratch + 3)
+                        dropped = tl.load(scratch + 4)
+                    tl.debug_barrier()
+                    tl.store(scratch + met, 0)
+                    tl.store(scratch + _SCRATCH_COUNTS + expert, 0, mask=expert < E)
+            if last:
+                beyond = num_rows - real_rows
+                if FORM == _IDS:
+                    padded = beyond * num_columns + paddings
+                    invalid = num_rows * num_columns - padded - tl.sum(counts)
+                else:
+                    padded = beyond * top_k
+                _finish(
+                    control, totals, board, layer, iteration, last_layer, head, switches,
+                    old_words, old_counts, counts, tokens, padded, invalid, dropped,
+                    E, BLOCK_E, SHARED, CLOCK,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -29,7 +29,7 @@ struct Launch {
   std::string name;
   unsigned programs, threads, shared_bytes;
   std::uintptr_t stream;
-  std::uint64_t arguments[9];
+  std::uint64_t arguments[13];
 };
 
 struct State {
@@ -257,8 +257,8 @@ FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, 
                : kInvalidValue;
   }
   Launch launch{name, grid_x, block_x, shared, reinterpret_cast<std::uintptr_t>(stream), {}};
-  constexpr std::size_t kBytes[] = {8, 8, 4, 4, 8, 8, 4, 8, 8};
-  for (int i = 0; i < 9; ++i) std::memcpy(&launch.arguments[i], params[i], kBytes[i]);
+  constexpr std::size_t kBytes[] = {8, 8, 8, 8, 4, 4, 4, 4, 8, 8, 4, 8, 8};
+  for (int i = 0; i < 13; ++i) std::memcpy(&launch.arguments[i], params[i], kBytes[i]);
   s.launches.push_back(launch);
   const bool captured = s.capturing.count(stream) != 0 && s.capturing[stream] != 0;
   if (s.run != nullptr && !captured) s.run(name.c_str(), launch.arguments, grid_x);
@@ -334,7 +334,7 @@ FAKE void fake_clock(std::uint64_t now) { state().clock = now; }
 FAKE void fake_run(void (*run)(const char*, const std::uint64_t*, unsigned)) { state().run = run; }
 FAKE const char* fake_calls() { return state().calls.c_str(); }
 FAKE int fake_num_launches() { return static_cast<int>(state().launches.size()); }
-// Programs, threads, shared bytes and stream, then the nine arguments.
+// Programs, threads, shared bytes and stream, then the arguments.
 FAKE const char* fake_launch(int index, std::uint64_t* out) {
   const Launch& launch = state().launches.at(static_cast<std::size_t>(index));
   out[0] = launch.programs;
