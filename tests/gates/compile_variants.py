@@ -77,6 +77,7 @@ def compile_all(jobs: dict[str, Any]) -> list[dict[str, Any]]:
 
     if Path(jobs["package"]) not in Path(build.__file__).parents:
         raise SystemExit(f"{build.__file__} was imported, not the package in {jobs['package']}")
+    source = Path(build.__file__).with_name("route_stats.py").read_text()
     compiled = []
     for want in jobs["wanted"]:
         forms = {
@@ -90,6 +91,7 @@ def compile_all(jobs: dict[str, Any]) -> list[dict[str, Any]]:
                 made = build.compile_variant(spec, target_of(target))
                 entry = described(made, target)
                 entry.update(
+                    source=source,
                     triton=jobs["triton"],
                     target=target,
                     kind=kind_of(spec),

@@ -56,6 +56,7 @@ class Compiled:
         code: The listing: SASS, or AMD's assembly.
         resources: What `cuobjdump -res-usage` prints; empty for AMD.
         ptx: The PTX; empty for AMD.
+        source: The kernel's source, `route_stats.py`.
     """
 
     triton: str
@@ -70,6 +71,7 @@ class Compiled:
     code: str = field(repr=False)
     resources: dict[str, int] = field(repr=False)
     ptx: str = field(repr=False)
+    source: str = field(repr=False)
 
     @property
     def variant(self) -> str:

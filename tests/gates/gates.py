@@ -26,6 +26,9 @@ _FLOATING_AMD = re.compile(
 )
 _SCRATCH_AMD = re.compile(r"^\s*scratch_(?:load|store)\w*.*$", re.M)
 _AMD_ZERO = ("private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+# What the lane remembers from pass to pass, as the kernel's source reads and writes it.
+_STATE_LOAD = re.compile(r"\btl\.load\(\s*state\b")
+_STATE_STORE = re.compile(r"\btl\.store\(\s*state\b")
 # HFMA2 and FSEL are left out: ptxas moves and selects integers with them.
 _FLOATING = {"MUFU", "FCHK", "FADD", "FMUL", "FFMA", "DADD", "DMUL", "DFMA"}
 _CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "F2IP", "FRND"}
@@ -166,6 +169,37 @@ def _follows(listing: Listing, tickets: list[int], barrier: int) -> bool:
     return bool(listing.reached(tickets, lambda at: at.address == address, _is_barrier))
 
 
+def state_in_order(of: Compiled) -> list[str]:
+    """Every word of the lane's state is read before a barrier and stored after it.
+
+    Each warp reads them for itself and one thread stores them: without a barrier in between, a
+    late warp finds the next pass's head and writes its part of the record into the next slot.
+    """
+    if not of.is_cuda:
+        return []
+    lines = of.source.splitlines()
+    loaded = {number for number, line in enumerate(lines, 1) if _STATE_LOAD.search(line)}
+    # Triton >= 3.8 emits a load as two lines of assembly, and the second is the load.
+    loaded |= {number + 1 for number in loaded}
+    stored = {number for number, line in enumerate(lines, 1) if _STATE_STORE.search(line)}
+
+    def is_load(at: Instruction) -> bool:
+        return _is_global_load(at) and _is_of(at, loaded)
+
+    def is_store(at: Instruction) -> bool:
+        return at.name in {"STG", "ST"} and _is_of(at, stored)
+
+    loads, stores = of.listing.where(is_load), of.listing.where(is_store)
+    if not loads or not stores:
+        return [f"{len(loads)} loads and {len(stores)} stores of the state: none may be missing"]
+    early = of.listing.reached(loads, is_store, _is_barrier)
+    return [f"no barrier between the loads of the state and its {at}" for at in early]
+
+
+def _is_of(at: Instruction, lines: set[int]) -> bool:
+    return at.line in lines and at.file.endswith("/route_stats.py")
+
+
 def _at(listing: Listing, index: int) -> str:
     return str(listing.instructions[index])
 
@@ -175,4 +209,5 @@ GATES: dict[str, Callable[[Compiled], list[str]]] = {
     "system-fence": no_system_fence,
     "approximation": no_approximation,
     "ticket": ticket_in_order,
+    "state": state_in_order,
 }
