@@ -27,6 +27,8 @@ BOTH = ("alone", "shared")
 # (experts, top_k): sizes of real models and powers of two; 60 and 384 are not.
 SIZES = ((8, 2), (60, 4), (64, 6), (128, 8), (256, 8), (384, 8), (512, 10), (1024, 16))
 
+EVERYWHERE = ((8, 2), (64, 6), (128, 8), (384, 8), (1024, 16))
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -100,7 +102,9 @@ class Task:
 
 def supported() -> list[Wanted]:
     """The variants that the gates hold: every size, every input, every target."""
-    wanted = [Wanted(*size) for size in SIZES]
+    wanted = [
+        Wanted(*size, targets=CUDA_TARGETS if size in EVERYWHERE else ("sm_90",)) for size in SIZES
+    ]
     wanted.append(Wanted(128, 8, kinds=("ids16", "ids64", "map", "bits")))
     wanted.append(Wanted(1024, 16, kinds=("map", "bits"), targets=("sm_90",)))
     wanted += [Wanted(*size, paths=("alone",), targets=(AMD_TARGET,)) for size in SIZES[::3]]

@@ -11,10 +11,10 @@ _INSTRUCTION = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]+)\*/\s+(?:@(?P<guard>!?U?P[T\d]+)\s+)?"
     r"(?P<opcode>[A-Z][A-Z0-9_.]*)\s*(?P<operands>[^;]*);"
 )
-_LABEL = re.compile(r"^(\.L[\w.]*):")
+_LABEL = re.compile(r"^([.$][\w.$]*):")
 _SECTION = re.compile(r"^\s*\.section\s+([^,\s]+)")
 _LINE = re.compile(r'//## File "([^"]*)", line (\d+)')
-_TARGET = re.compile(r"`\((\.L[\w.]*)\)")
+_TARGET = re.compile(r"`\(([.$][\w.$]*)\)")
 _CONVERGENCE = re.compile(r"\bB\d+\b")
 
 

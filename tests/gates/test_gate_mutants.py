@@ -15,7 +15,7 @@ import costs
 from farm import Compiled, Task, Wanted, compile_tasks, copy_package
 from gates import GATES
 
-# Neither the oldest nor the newest: Triton 3.9 puts a barrier before a ticket by itself.
+# Triton 3.9 has a barrier of its own before a ticket, so that no kernel can be without one.
 TRITON = "3.8.0"
 SHAPE = (128, 8)
 TARGET = "sm_90"
@@ -23,7 +23,10 @@ TARGET = "sm_90"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old` becomes `new`, once, in one file of `triton_kernels/`; `gate` finds it."""
+    """One fault: `old` becomes `new`, once, in one file of `triton_kernels/`; `gate` finds it.
+
+    `also` is a further such pair.
+    """
 
     name: str
     gate: str
@@ -31,18 +34,116 @@ class Mutant:
     new: str
     path: str = "alone"
     file: str = "route_stats.py"
+    also: tuple[str, str] | None = None
 
 
-MUTANTS: list[Mutant] = []
+TICKET = 'ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")'
+FIRST_ADD = "tl.atomic_add(scratch + met"
+BARRIER = "tl.debug_barrier()"
+
+MUTANTS = [
+    Mutant(
+        "keeps too few registers",
+        "spill",
+        "_MAX_REGISTERS = 128",
+        "_MAX_REGISTERS = 24",
+        file="build.py",
+    ),
+    Mutant(
+        "draws its ticket from the whole system",
+        "system-fence",
+        TICKET,
+        TICKET.replace('"gpu"', '"sys"'),
+        "shared",
+    ),
+    Mutant(
+        "fences the system behind a record",
+        "system-fence",
+        "tl.store(_words(ring), head + 1)",
+        "tl.store(_words(ring), head + 1)\n            tl.inline_asm_elementwise("
+        "'fence.acq_rel.sys; mov.u32 $0, 0;', '=r', [], tl.int32, is_pure=False, pack=1)",
+    ),
+    Mutant(
+        "divides in floating point",
+        "approximation",
+        "gini = numerator * _BINS >= bin.to(tl.int64) * (mass * E)",
+        "gini = numerator.to(tl.float32) * _BINS / (mass * E).to(tl.float32) >= bin",
+    ),
+    Mutant(
+        "divides integers",
+        "approximation",
+        "index = head & ((tl.full([], 1, tl.int64) << log2_slots) - 1)",
+        "index = head % (tl.full([], 1, tl.int64) << log2_slots)",
+    ),
+    Mutant(
+        "draws its ticket before all warps have added",
+        "ticket",
+        f"{BARRIER}\n                    {TICKET}",
+        TICKET,
+        "shared",
+        # There, because shared memory that is used again may ask for one before the ticket, too.
+        also=(FIRST_ADD, f"{BARRIER}\n                    {FIRST_ADD}"),
+    ),
+    Mutant(
+        "draws its ticket without a fence",
+        "ticket",
+        TICKET,
+        TICKET.replace("acq_rel", "relaxed"),
+        "shared",
+    ),
+    Mutant(
+        "releases its adds and does not acquire those of others",
+        "ticket",
+        TICKET,
+        TICKET.replace("acq_rel", "release"),
+        "shared",
+    ),
+    Mutant(
+        "draws no ticket where it has no rows",
+        "ticket",
+        TICKET,
+        "ticket = tl.zeros([], tl.int32)\n                    if first_row < real_rows:\n"
+        f"                        {TICKET}",
+        "shared",
+    ),
+    Mutant(
+        "adds to the scratch though it runs alone",
+        "ticket",
+        "if last:\n                    beyond",
+        "tl.atomic_add(scratch, tokens, sem='relaxed')\n"
+        "                if last:\n                    beyond",
+    ),
+    Mutant(
+        "stores the state while warps load it",
+        "state",
+        f"# What follows stores: no warp may still have to load.\n    {BARRIER}",
+        "",
+    ),
+    Mutant(
+        "looks up the head when it needs it",
+        "state",
+        "lap = head.to(tl.uint64)",
+        "head = tl.load(state + 2)\n            lap = head.to(tl.uint64)",
+    ),
+    Mutant("sorts where few experts repeat", "cost", "elif SORT:", "elif True:"),
+    Mutant(
+        "waits once more",
+        "cost",
+        "iteration += (layer",
+        f"{BARRIER}\n    iteration += (layer",
+    ),
+]
 
 
 def mutated(mutant: Mutant, folder: Path) -> Path:
     package = copy_package(folder)
     source = package / "dodoco_ext" / "triton_kernels" / mutant.file
     text = source.read_text()
-    found = text.count(mutant.old)
-    assert found == 1, f"{mutant.file} holds {found} times {mutant.old!r}: adapt this mutant"
-    source.write_text(text.replace(mutant.old, mutant.new))
+    for old, new in [(mutant.old, mutant.new), *([mutant.also] if mutant.also else [])]:
+        found = text.count(old)
+        assert found == 1, f"{mutant.file} holds {found} times {old!r}: adapt this mutant"
+        text = text.replace(old, new)
+    source.write_text(text)
     return package
 
 
