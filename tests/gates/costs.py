@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 LIMITS = HERE / "limits.json"
 DOCUMENT = HERE.parents[1] / "docs" / "kernel.md"
 BEGIN, END = "<!-- costs: begin -->", "<!-- costs: end -->"
+TABLE_TRITON = "3.8.0"
 # Instructions may grow by this much without a new limit; barriers and loops may not grow at all.
 SLACK = 0.02
 
@@ -40,6 +41,7 @@ class Cost:
         barriers: Among them, that wait for all warps of a program.
         loops: Loops.
         loop_instructions: Instructions in the bodies of all loops.
+        loop_barriers: Barriers there.
     """
 
     registers: int
@@ -48,18 +50,22 @@ class Cost:
     barriers: int
     loops: int
     loop_instructions: int
+    loop_barriers: int
 
 
 def cost_of(of: Compiled) -> Cost:
     if of.is_cuda:
         listing = of.listing
+        barriers = set(listing.where(lambda at: at.name == "BAR"))
+        in_loops = set().union(*listing.loops)
         return Cost(
             of.resources["REG"],
             of.shared_bytes,
             len(listing.reachable),
-            len(listing.where(lambda at: at.name == "BAR")),
+            len(barriers),
             len(listing.loops),
-            sum(listing.loops),
+            len(in_loops),
+            len(barriers & in_loops),
         )
     code, _, description = of.code.partition(".Lfunc_end")
     names = [name for name in _AMD_INSTRUCTION.findall(code) if not name.startswith("p2align")]
@@ -118,41 +124,40 @@ def dumped(limits: Limits) -> str:
     return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
+_COLUMNS = ("registers", "shared memory", "instructions (in loops)", "barriers (in loops)")
+
+
 def table(limits: Limits) -> str:
-    """Markdown: the cost of each variant on sm_90, and over Tritons and targets at E = 128."""
-    newest = TRITONS[1]
-    lines = [
-        f"Triton {newest}, `sm_90`:",
-        "",
-        "| variant | registers | shared memory | instructions | in loops | barriers |",
-        "| --- | --- | --- | --- | --- | --- |",
+    """Markdown: what each variant costs on sm_90, and one of them under every Triton and target."""
+    of_variant = limits[TABLE_TRITON]["sm_90"]
+    rows = [(f"`{name}`", of_variant[name]) for name in sorted(of_variant, key=_ordered)]
+    over_all = [
+        (f"`{target}` | {triton} | {path}", limits[triton][target][name])
+        for target in (*CUDA_TARGETS, AMD_TARGET)
+        for triton in TRITONS
+        for path in ("alone", "shared")
+        if (name := f"ids32-{path}-E128-k8") in limits[triton][target]
     ]
-    variants = limits[newest]["sm_90"]
-    lines += [_row(name, variants[name]) for name in sorted(variants, key=_ordered)]
-    lines += [
-        "",
-        "Over versions and targets, `ids32`, E = 128, k = 8:",
-        "",
-        "| Triton | target | path | registers | shared memory | instructions | in loops | barriers |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for triton in TRITONS:
-        for target in (*CUDA_TARGETS, AMD_TARGET):
-            for path in ("alone", "shared"):
-                cost = limits[triton][target].get(f"ids32-{path}-E128-k8")
-                if cost is not None:
-                    lines.append(_row(f"{triton} | `{target}` | {path}", cost, code=False))
-    return "\n".join(lines) + "\n"
-
-
-def _row(name: str, cost: dict[str, int], *, code: bool = True) -> str:
-    first = f"`{name}`" if code else name
-    # AMD's assembly names loops, but not where they end.
-    in_loops = str(cost["loop_instructions"]) if cost["loop_instructions"] else "-"
     return (
-        f"| {first} | {cost['registers']} | {cost['shared_bytes']:,} B | {cost['instructions']:,} "
-        f"| {in_loops} | {cost['barriers']} |"
+        f"Triton {TABLE_TRITON}, `sm_90`:\n\n{_rows(('variant',), rows)}\n"
+        "int32 ids, 128 experts, k = 8, everywhere:\n\n"
+        f"{_rows(('target', 'Triton', 'path'), over_all)}"
     )
+
+
+def _rows(heads: tuple[str, ...], rows: list[tuple[str, dict[str, int]]]) -> str:
+    columns = (*heads, *_COLUMNS)
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    for head, cost in rows:
+        # AMD's assembly says where a loop begins, not where it ends.
+        unknown = cost["loops"] > 0 and cost["loop_instructions"] == 0
+        instructions = "?" if unknown else f"{cost['loop_instructions']:,}"
+        barriers = "?" if unknown else f"{cost['loop_barriers']}"
+        lines.append(
+            f"| {head} | {cost['registers']} | {cost['shared_bytes']:,} B "
+            f"| {cost['instructions']:,} ({instructions}) | {cost['barriers']} ({barriers}) |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def documented() -> str:

@@ -180,8 +180,8 @@ class Listing:
         return [(self.instructions[index], passed) for index, passed in sorted(found.items())]
 
     @cached_property
-    def loops(self) -> list[int]:
-        """Instructions in the body of each loop, inner ones counted in the outer too; ascending."""
+    def loops(self) -> list[frozenset[int]]:
+        """The body of each loop, that of an outer one with the inner; ascending by size."""
         before: dict[int, list[int]] = {}
         for index in self.reachable:
             for after in self.successors[index]:
@@ -196,7 +196,7 @@ class Listing:
                     body.add(index)
                     stack.extend(before.get(index, []))
             bodies.setdefault(header, set()).update(body)
-        return sorted(len(body) for body in bodies.values())
+        return sorted((frozenset(body) for body in bodies.values()), key=len)
 
     def _back_edges(self) -> list[tuple[int, int]]:
         edges: list[tuple[int, int]] = []

@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "divides in floating point",
         "approximation",
-        "gini = numerator * _BINS >= bin.to(tl.int64) * (mass * E)",
-        "gini = numerator.to(tl.float32) * _BINS / (mass * E).to(tl.float32) >= bin",
+        "gini = numerator * _BINS >= lane.to(tl.int64) * (mass * E)",
+        "gini = numerator.to(tl.float32) * _BINS / (mass * E).to(tl.float32) >= lane",
     ),
     Mutant(
         "divides integers",

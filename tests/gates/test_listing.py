@@ -57,7 +57,7 @@ def test_loops_are_measured_the_outer_with_the_inner() -> None:
         "P1> BRA `(.L_outer)",
         "EXIT",
     )
-    assert read.loops == [2, 4]
+    assert read.loops == [frozenset({2, 3}), frozenset({1, 2, 3, 4})]
 
 
 def test_a_convergence_point_leads_to_where_its_own_region_ends() -> None:
