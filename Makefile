@@ -21,7 +21,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test engines mutants lint sanitize fuzz bench-record wheel pythons
+CHECKS := demo test engines mutants gates lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -40,7 +40,7 @@ demo: $(STAMPS)/package ## train a small MoE on real text, record its routing, w
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
 test: $(STAMPS)/package $(STAMPS)/dev ## all tests without engines (at most 10 minutes, install included)
-	$(BIN)/pytest tests --ignore=tests/engines --ignore=tests/mutants
+	$(BIN)/pytest tests --ignore=tests/engines --ignore=tests/mutants --ignore=tests/gates
 
 check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 
@@ -52,6 +52,8 @@ engines: $(STAMPS)/package $(STAMPS)/dev ## tests against real engines
 
 mutants: $(STAMPS)/package $(STAMPS)/dev ## damaged copies of the recorder, each of which the tests must find
 	$(BIN)/pytest tests/mutants
+
+include tests/gates/gates.mk
 
 lint: lint-python lint-types lint-imports lint-cpp ## ruff, mypy --strict, import-linter, clang-format, clang-tidy
 

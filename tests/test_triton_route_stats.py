@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from interpreted import interpret
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 
-CHECKS = ["ids", "maps"]
+CHECKS = (
+    "few_passes", "ids", "maps", "sequences", "laps", "sampling", "bins", "switched_off", "marks",
+    "nothing_beyond_the_tensor", "order",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_the_interpreted_kernel_writes_what_the_cpp_writer_writes(check: str) -> None:
-    # The interpreter is chosen when triton is imported, so it gets a process of its own.
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("twin_checks.py")), check],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"checked {check}\n"
+def test_the_interpreted_kernel_writes_what_the_cpp_writer_writes() -> None:
+    """One process for all checks: most of the time of a short one goes into imports."""
+    assert interpret("twin_checks.py", *CHECKS).split() == list(CHECKS)

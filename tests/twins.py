@@ -35,8 +35,8 @@ EVERY = slice(9, 12)
 ITERATION, LAST_LAYER, HEAD = range(16, 19)
 BOUNDS = slice(32, 48)
 
-_LANE, _KERNEL_LANE = 0, 1
-_BOARD_SECTION, _RING_SECTION = 3, 4
+_RECORDED, _IGNORED = 0, 1
+BOARD_SECTION, _RING_SECTION = 3, 4
 _RING_HEADER_WORDS, _SLOT_WORDS, _LAST_PASS_WORD = 16, 16, 8
 _TIME_WORDS = (4, 5)
 
@@ -55,6 +55,11 @@ def words_of(*parts: int) -> int:
     return struct.unpack("<q", struct.pack("<II", low, high))[0]
 
 
+def _strides(array: Array) -> list[int]:
+    """In elements."""
+    return [stride // array.itemsize for stride in array.strides]
+
+
 @dataclass(frozen=True)
 class Launch:
     """How the kernel is launched: sizes of a tile, and programs of a shared launch (0: alone)."""
@@ -69,29 +74,32 @@ class Twins:
     Args:
         kernel: The interpreted `observe`.
         layers: `(num_experts, top_k)` of each layer.
+        max_bytes: Most bytes of the recording.
     """
 
-    def __init__(self, kernel: Any, layers: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, kernel: Any, layers: Sequence[tuple[int, int]], *, max_bytes: int = 1 << 19
+    ) -> None:
         self.kernel = kernel
         self.layers = list(layers)
         self.folder = tempfile.TemporaryDirectory(prefix="twins-")
         self.path = Path(self.folder.name) / "twins.dodoco"
         self.writer = _C.RecordingWriter(
-            str(self.path), "{}", self.layers, num_lanes=2, max_bytes=1 << 19
+            str(self.path), "{}", self.layers, num_lanes=2, max_bytes=max_bytes
         )
         with self.path.open("r+b") as file:
             self.mapped = mmap.mmap(file.fileno(), 0)
         self.file = np.frombuffer(self.mapped, np.uint64)
         self.format = FormatReader(str(self.path))
         self.num_slots = self.format.places[_RING_SECTION, 0][1]
-        self.host_lane = self.writer.lane(_LANE)
+        self.host_lane = self.writer.lane(0)
         self.host_sites = [np.zeros(_C.SITE_BYTES // 8, np.uint64) for _ in self.layers]
         for index, site in enumerate(self.host_sites):
-            self.writer.bind_site(site.ctypes.data, _LANE, index)
+            self.writer.bind_site(site.ctypes.data, 0, index)
         self._lay_out()
 
     def _lay_out(self) -> None:
-        self.board = self.section(_BOARD_SECTION, 1)
+        self.board = self.section(BOARD_SECTION, 1)
         widest = max(experts for experts, _ in self.layers)
         self.control = np.zeros(64, np.int64)
         self.scratch = np.zeros(8 + widest, np.uint32)
@@ -135,46 +143,49 @@ class Twins:
         self, ids: Array, launch: Launch, layer: int = 0, *, recomputed: bool = False
     ) -> None:
         """Both record ids [T, k]."""
-        strides = [stride // ids.itemsize for stride in ids.strides]
-        host = self.host_sites[layer].ctypes.data
-        assert _C.route_ids(
-            host, ids.ctypes.data, ids.itemsize, *ids.shape, *strides, recomputed
-        ) in (0, 1)
-        block_k = 1 << max(ids.shape[1] - 1, 0).bit_length()
-        self.launch(ids, 0, layer, launch, block_k, recomputed=recomputed)
+        self.record_host(ids, layer, recomputed=recomputed)
+        self.launch_ids(ids, launch, layer, recomputed=recomputed)
 
     def record_map(
         self, routing_map: Array, launch: Launch, layer: int = 0, *, packed: bool = False
     ) -> None:
         """Both record a map of bytes or bits."""
         host, data = self.host_sites[layer].ctypes.data, routing_map.ctypes.data
-        assert _C.route_map(
-            host, data, packed, *routing_map.shape, *routing_map.strides, False
-        ) in (0, 1)
-        self.launch(routing_map.view(np.uint8), 2 if packed else 1, layer, launch, 1)
+        done = _C.route_map(host, data, packed, *routing_map.shape, *routing_map.strides, False)
+        assert done in (_RECORDED, _IGNORED)
+        self._launch(routing_map.view(np.uint8), 2 if packed else 1, 1, layer, launch, False)
 
-    def launch(
-        self,
-        data: Array,
-        form: int,
-        layer: int,
-        launch: Launch,
-        block_k: int,
-        *,
-        recomputed: bool = False,
+    def record_host(self, ids: Array, layer: int = 0, *, recomputed: bool = False) -> None:
+        """The C++ writer alone records ids [T, k]."""
+        host, strides = self.host_sites[layer].ctypes.data, _strides(ids)
+        data, item = ids.ctypes.data, ids.itemsize
+        done = _C.route_ids(host, data, item, *ids.shape, *strides, recomputed)
+        assert done in (_RECORDED, _IGNORED)
+
+    def launch_ids(
+        self, ids: Array, launch: Launch, layer: int = 0, *, recomputed: bool = False
     ) -> None:
-        """The kernel alone."""
-        strides = [stride // data.itemsize for stride in data.strides]
-        # A tensor only as the holder of an address.
-        held = torch.from_numpy(np.lib.stride_tricks.as_strided(data, (int(data.size > 0),), (0,)))
+        """The kernel alone records ids [T, k]."""
+        block_k = 1 << max(ids.shape[1] - 1, 0).bit_length()
+        self._launch(ids, 0, block_k, layer, launch, recomputed)
+
+    def _launch(
+        self, data: Array, form: int, block_k: int, layer: int, launch: Launch, recomputed: bool
+    ) -> None:
+        # Tensors only as the holders of addresses. As on the host: a recomputed pass is not read.
+        words = slice(self.format.layers[layer][2] // 8, None)
+        rows, columns = data.shape
+        holder = np.lib.stride_tricks.as_strided(data, (int(data.size > 0),), (0,))
         self.kernel[(max(launch.programs, 1),)](
-            held,
+            torch.from_numpy(holder),
             torch.from_numpy(self.control),
-            *self.blocks(layer),
+            torch.from_numpy(self.totals[words].view(np.int64)),
+            torch.from_numpy(self.board[words].view(np.int64)),
             layer,
             self.layers[layer][1],
-            *data.shape,
-            *strides,
+            0 if recomputed else rows,
+            columns,
+            *_strides(data),
             int(recomputed),
             FORM=form,
             E=self.layers[layer][0],
@@ -184,14 +195,24 @@ class Twins:
             CLOCK=0,
         )
 
-    def blocks(self, layer: int) -> list[torch.Tensor]:
-        """The layer's board block in the kernel's own memory, and in the file."""
-        words = slice(self.format.layers[layer][2] // 8, None)
-        return [torch.from_numpy(all_[words].view(np.int64)) for all_ in (self.totals, self.board)]
+    def host_board(self, layer: int) -> Array:
+        """The words of a layer's board block that the C++ writer wrote."""
+        return self.section(BOARD_SECTION, 0)[self.format.layers[layer][2] // 8 :]
+
+    def slots(self, lane: int) -> NDArray[np.uint32]:
+        """The slots of a lane's ring [num_slots, words, (value, epoch)], in the file."""
+        words = self.section(_RING_SECTION, lane)[_RING_HEADER_WORDS:]
+        return words.view(np.uint32).reshape(self.num_slots, _SLOT_WORDS, 2)
+
+    def set_head(self, head: int) -> None:
+        """Both rings go on at a record's number."""
+        for lane in (0, 1):
+            self.section(_RING_SECTION, lane)[0] = head
+        self.control.view(np.uint64)[HEAD] = head
 
     def lane_bytes(self, lane: int) -> tuple[Array, Array]:
         """Board and ring of a lane, copied, stamps set to 0."""
-        board = self.section(_BOARD_SECTION, lane).copy()
+        board = self.section(BOARD_SECTION, lane).copy()
         for _, _, offset, _, _ in self.format.layers:
             board[offset // 8 + _LAST_PASS_WORD] = 0
         ring = self.section(_RING_SECTION, lane).copy()
@@ -204,9 +225,9 @@ class Twins:
         (board, ring), (kernel_board, kernel_ring) = self.lane_bytes(0), self.lane_bytes(1)
         np.testing.assert_array_equal(kernel_board, board)
         np.testing.assert_array_equal(kernel_ring, ring)
-        np.testing.assert_array_equal(self.totals, self.section(_BOARD_SECTION, 1))
+        np.testing.assert_array_equal(self.totals, self.section(BOARD_SECTION, 1))
         assert not self.scratch.any()
-        assert self.control[HEAD] == ring[0]
+        assert self.control.view(np.uint64)[HEAD] == ring[0]
 
     def close(self) -> None:
         self.writer.close()

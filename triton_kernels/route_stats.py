@@ -196,6 +196,7 @@ def _gini_numerator(counts, largest, E: tl.constexpr, BLOCK_E: tl.constexpr, SOR
 @triton.jit
 def _finish(
     control,
+    state,
     totals,
     board,
     layer,
@@ -218,15 +219,25 @@ def _finish(
     """Advances the iteration; if enabled, adds the pass to the board and perhaps to the ring."""
     expert = tl.arange(0, BLOCK_E)
     word = tl.arange(0, _BOARD_WORDS)
+    lane = tl.arange(0, _BINS)
+    # Which bins a pass adds to depends on its size first: tokens >= 2^n for n from 1 on.
+    sizes = ((tokens >> lane) != 0) & (lane > 0) & (lane < _SIZE_CLASSES)
+    gini_row = _BOARD_WORDS + (E + 7) // 8 * 8 + tl.sum(sizes.to(tl.int32)) * _BINS + lane
+    max_mean_row = gini_row + _SIZE_CLASSES * _BINS
+    old_gini = tl.load(totals + gini_row)
+    old_max_mean = tl.load(totals + max_mean_row)
+    bound = tl.load((control + _BOUNDS).to(tl.pointer_type(tl.int32)) + lane)
     marks = tl.load(control + 4)
     ring = tl.load(control + 5)
     log2_slots = tl.load(control + 6)
     every = tl.load(control + 9).to(tl.uint64)
     inverse = tl.load(control + 10).to(tl.uint64)
     limit = tl.load(control + 11).to(tl.uint64)
+    # What follows stores: no warp may still have to load.
+    tl.debug_barrier()
     iteration += (layer <= last_layer).to(tl.int64)
-    tl.store(control + _STATE, iteration)
-    tl.store(control + _STATE + 1, layer.to(tl.int64))
+    tl.store(state, iteration)
+    tl.store(state + 1, layer.to(tl.int64))
     if switches.to(tl.int32) != 0:
         count = iteration.to(tl.uint64)
         divisible = ((count & every) == 0) & (count * inverse <= limit)
@@ -252,24 +263,17 @@ def _finish(
             numerator = _gini_numerator(counts, largest, E, BLOCK_E, SORT)
             if assignments != 0:
                 # The bin is the number of lower bounds, but the first, that are reached.
-                lane = tl.arange(0, _BINS)
-                bound = tl.load((control + _BOUNDS).to(tl.pointer_type(tl.int32)) + lane)
                 mass = assignments.to(tl.int64)
                 gini = numerator * _BINS >= lane.to(tl.int64) * (mass * E)
                 max_mean = largest.to(tl.int64) * (8 * E) >= bound.to(tl.int64) * mass
-                size = ((tokens >> lane) != 0) & (lane < _SIZE_CLASSES)
-                reached = gini.to(tl.int32) + (max_mean.to(tl.int32) << 8)
-                reached += size.to(tl.int32) << 16
+                reached = gini.to(tl.int32) + (max_mean.to(tl.int32) << 16)
                 reached = tl.sum(tl.where(lane > 0, reached, 0))
-                gini_bin = (reached >> 16) * _BINS + (reached & 255)
-                max_mean_bin = (reached >> 16) * _BINS + ((reached >> 8) & 255)
-                which = tl.arange(0, 2)
-                bins_at = _BOARD_WORDS + (E + 7) // 8 * 8
-                at = bins_at + tl.where(which == 0, gini_bin, max_mean_bin + _SIZE_CLASSES * _BINS)
-                passes = tl.load(totals + at) + 1
-                tl.debug_barrier()
-                tl.store(totals + at, passes)
-                tl.store(board + at, passes)
+                in_gini = lane == (reached & 0xFFFF)
+                in_max_mean = lane == (reached >> 16)
+                tl.store(totals + gini_row, old_gini + 1, mask=in_gini)
+                tl.store(board + gini_row, old_gini + 1, mask=in_gini)
+                tl.store(totals + max_mean_row, old_max_mean + 1, mask=in_max_mean)
+                tl.store(board + max_mean_row, old_max_mean + 1, mask=in_max_mean)
 
             lap = head.to(tl.uint64) >> log2_slots.to(tl.uint64)
             # lap mod (2^32 - 1), plus 1: 2^32 is 1 there, so the halves are added.
@@ -299,7 +303,7 @@ def _finish(
             slot = _words(ring + _RING_HEADER_BYTES + index * (_SLOT_WORDS * 8))
             stored = values.to(tl.uint32, bitcast=True).to(tl.uint64) | (epoch << 32)
             tl.store(slot + word, stored.to(tl.int64))
-            tl.store(control + _STATE + 2, head + 1)
+            tl.store(state + 2, head + 1)
             tl.store(_words(ring), head + 1)
         tl.store(board + word, new_words, mask=(word != 0) & (word != 9))
         tl.debug_barrier()
@@ -364,12 +368,15 @@ def observe(
     magic = tl.load(control)
     switches = tl.load(control + 2)
     num_valid = tl.load(control + 3).to(tl.uint64)
-    iteration = tl.load(control + _STATE)
-    last_layer = tl.load(control + _STATE + 1)
-    head = tl.load(control + _STATE + 2)
+    state = control + _STATE
+    iteration = tl.load(state)
+    last_layer = tl.load(state + 1)
+    head = tl.load(state + 2)
     old_words = tl.load(totals + word)
+    # Where it costs no spills: maps hold more.
+    EARLY: tl.constexpr = FORM == _IDS and not SHARED
     old_counts = tl.zeros([BLOCK_E], dtype=tl.int64)
-    if not SHARED:
+    if EARLY:
         old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
 
     # Negative: all rows are real; as an unsigned number it is the larger one.
@@ -393,12 +400,11 @@ def observe(
 
     # Cleared once detached: a graph that is replayed later must not touch what is gone.
     if magic == _CONTROL_MAGIC:
-        # All warps have loaded what is stored from here on.
-        tl.debug_barrier()
         if recomputed != 0:
             # By one program: its word has no other writer.
             if program == 0:
                 passes = old_words + 1
+                tl.debug_barrier()
                 tl.store(totals + word, passes, mask=word == _RECOMPUTED)
                 tl.store(board + word, passes, mask=word == _RECOMPUTED)
         else:
@@ -423,7 +429,6 @@ def observe(
                 last = ticket == tl.num_programs(0) - 1
                 if last:
                     counts = tl.load(scratch + _SCRATCH_COUNTS + expert, mask=expert < E, other=0)
-                    old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
                     if FORM == _IDS:
                         tokens = tl.load(scratch + 1)
                         paddings = tl.load(scratch + 2)
@@ -434,6 +439,8 @@ def observe(
                     tl.store(scratch + met, 0)
                     tl.store(scratch + _SCRATCH_COUNTS + expert, 0, mask=expert < E)
             if last:
+                if not EARLY:
+                    old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
                 beyond = num_rows - real_rows
                 if FORM == _IDS:
                     padded = beyond * num_columns + paddings
@@ -441,7 +448,7 @@ def observe(
                 else:
                     padded = beyond * top_k
                 _finish(
-                    control, totals, board, layer, iteration, last_layer, head, switches,
+                    control, state, totals, board, layer, iteration, last_layer, head, switches,
                     old_words, old_counts, counts, tokens, padded, invalid, dropped,
                     E, BLOCK_E, SHARED, CLOCK,
                 )  # fmt: skip

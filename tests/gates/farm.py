@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import dodoco_ext
 from listing import Listing, parse
+
+import dodoco_ext
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "gates"

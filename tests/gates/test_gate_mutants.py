@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 import costs
+import pytest
 from farm import Compiled, Task, Wanted, compile_tasks, copy_package
+
 from gates import GATES
 
 # Triton 3.9 has a barrier of its own before a ticket, so that no kernel can be without one.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from listing import Instruction, Listing, parse
 
 
