@@ -116,7 +116,7 @@ def variants(num_experts: int, top_k: int, forms: Collection[int]) -> list[Varia
             f"num_experts={num_experts} of a layer: kernels count 1 to {route_stats.MAX_EXPERTS}"
         )
     block_e = max(int(triton.next_power_of_2(num_experts)), _WARP)
-    alone_warps = 1 if block_e <= 64 else 2 if block_e == 128 else 4
+    alone_warps = 1 if block_e <= 128 else 2 if block_e <= 256 else 4
     made = []
     for form in sorted(forms):
         for shared in (False, True):
@@ -128,7 +128,8 @@ def variants(num_experts: int, top_k: int, forms: Collection[int]) -> list[Varia
                 small = min(_SMALL_PASS // block_k, max(block_e, 128))
             else:
                 block_k = 1
-                block_rows = min(max(warps, 2048 * warps // 4 // block_e), 8 * warps)
+                # Sixteen bytes or bits a thread: more would not fit the registers.
+                block_rows = min(max(16 * warps * _WARP // block_e, 1), 8 * warps)
                 small = 64
             made += [
                 Variant(

@@ -76,6 +76,16 @@ def _pick16(at, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14,
 
 
 @triton.jit
+def _add2(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _add_max_add(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, tl.maximum(a1, b1), a2 + b2
+
+
+@triton.jit
 def _count_ids(
     data,
     first_row,
@@ -89,6 +99,7 @@ def _count_ids(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    SOLO: tl.constexpr,
 ):
     """Counts [BLOCK_E], tokens and paddings of the tiles from `first_row` on, `row_step` apart."""
     slot = tl.arange(0, BLOCK_K)
@@ -118,7 +129,13 @@ def _count_ids(
             mask=tl.ravel(valid, can_reorder=True),
         )
         tile += row_step.to(tl.int64) * row_stride
-    return counts, tl.sum(tokens), tl.sum(paddings)
+    if SOLO:
+        all_tokens = tl.sum(tokens)
+        all_paddings = tl.sum(paddings)
+    else:
+        # Warps meet once for both.
+        all_tokens, all_paddings = tl.reduce((tokens, paddings), 0, _add2)
+    return counts, all_tokens, all_paddings
 
 
 @triton.jit
@@ -207,6 +224,9 @@ def _finish(
     old_words,
     old_counts,
     counts,
+    assignments,
+    largest,
+    unused,
     tokens,
     padded,
     invalid,
@@ -243,9 +263,6 @@ def _finish(
         divisible = ((count & every) == 0) & (count * inverse <= limit)
         recorded = divisible | ((switches.to(tl.uint64) >> 33) == 0)
         now = globaltimer() + tl.load(control + 7) if CLOCK else tl.full([], 0, tl.int64)
-        assignments = tl.sum(counts)
-        largest = tl.max(counts)
-
         # Passes started first, passes last: where they are equal, no pass lay in between.
         added = _pick16(
             word, 1, tokens, assignments, padded, invalid, dropped, 0, recorded.to(tl.int32),
@@ -259,7 +276,6 @@ def _finish(
         tl.debug_barrier()
         tl.store(board + _BOARD_WORDS + expert, new_counts, mask=expert < E)
         if recorded:
-            unused = tl.sum(((counts == 0) & (expert < E)).to(tl.int32))
             numerator = _gini_numerator(counts, largest, E, BLOCK_E, SORT)
             if assignments != 0:
                 # The bin is the number of lower bounds, but the first, that are reached.
@@ -359,6 +375,8 @@ def observe(
         CLOCK: 1: passes are stamped by the device's clock; 0: with 0.
     """
     BLOCK_E: tl.constexpr = max(32, triton.next_power_of_2(E))
+    # One warp, whose sums are single instructions; as `build.variants()` launches it.
+    SOLO: tl.constexpr = not SHARED and BLOCK_E <= 128
     control = tl.multiple_of(control, 16)
     totals = tl.multiple_of(totals, 16)
     board = tl.multiple_of(board, 16)
@@ -386,7 +404,7 @@ def observe(
     if FORM == _IDS:
         counts, tokens, paddings = _count_ids(
             data, first_row, num_rows, real_rows, row_step, num_columns, row_stride,
-            column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS,
+            column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS, SOLO,
         )  # fmt: skip
         invalid = 0
         dropped = 0
@@ -441,15 +459,24 @@ def observe(
             if last:
                 if not EARLY:
                     old_counts = tl.load(totals + _BOARD_WORDS + expert, mask=expert < E, other=0)
+                idle = ((counts == 0) & (expert < E)).to(tl.int32)
+                if SOLO:
+                    assignments = tl.sum(counts)
+                    largest = tl.max(counts)
+                    unused = tl.sum(idle)
+                else:
+                    assignments, largest, unused = tl.reduce(
+                        (counts, counts, idle), 0, _add_max_add
+                    )
                 beyond = num_rows - real_rows
                 if FORM == _IDS:
                     padded = beyond * num_columns + paddings
-                    invalid = num_rows * num_columns - padded - tl.sum(counts)
+                    invalid = num_rows * num_columns - padded - assignments
                 else:
                     padded = beyond * top_k
                 _finish(
                     control, state, totals, board, layer, iteration, last_layer, head, switches,
-                    old_words, old_counts, counts, tokens, padded, invalid, dropped,
+                    old_words, old_counts, counts, assignments, largest, unused, tokens, padded, invalid, dropped,
                     E, BLOCK_E, SHARED, CLOCK,
                 )  # fmt: skip
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from farm import AMD_TARGET, BUILD, CUDA_TARGETS, TRITONS, Compiled, compile_supported
-
 from gates import GATES
 
 HERE = Path(__file__).resolve().parent

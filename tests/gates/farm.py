@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from listing import Listing, parse
-
 import dodoco_ext
+from listing import Listing, parse
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build" / "gates"

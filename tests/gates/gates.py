@@ -27,9 +27,8 @@ _FLOATING_AMD = re.compile(
 _SCRATCH_AMD = re.compile(r"^\s*scratch_(?:load|store)\w*.*$", re.M)
 # Scalar registers are spilled into lanes of vector registers: that touches no memory.
 _AMD_ZERO = ("private_segment_fixed_size", "vgpr_spill_count")
-# What the lane remembers from pass to pass, as the kernel's source reads and writes it.
-_STATE_LOAD = re.compile(r"\btl\.load\(\s*state\b")
-_STATE_STORE = re.compile(r"\btl\.store\(\s*state\b")
+# What a pass finds and leaves for the next, by the names that the kernel's source has for them.
+_KEPT = {"alone": ("state", "totals"), "shared": ("state", "totals", "scratch")}
 # HFMA2 and FSEL are left out: ptxas moves and selects integers with them.
 _FLOATING = {"MUFU", "FCHK", "FADD", "FMUL", "FFMA", "DADD", "DMUL", "DFMA"}
 _CONVERSIONS = {"I2F", "I2FP", "F2I", "F2F", "F2FP", "F2IP", "FRND"}
@@ -172,18 +171,20 @@ def _follows(listing: Listing, tickets: list[int], barrier: int) -> bool:
 
 
 def state_in_order(of: Compiled) -> list[str]:
-    """Every word of the lane's state is read before a barrier and stored after it.
+    """What one pass leaves for the next is read before a barrier and stored after it.
 
-    Each warp reads them for itself and one thread stores them: without a barrier in between, a
-    late warp finds the next pass's head and writes its part of the record into the next slot.
+    Each warp reads for itself and one thread stores: without a barrier in between, a late warp
+    finds the next pass's head and writes its part of the record into the next slot.
     """
     if not of.is_cuda:
         return []
-    lines = of.source.splitlines()
-    loaded = {number for number, line in enumerate(lines, 1) if _STATE_LOAD.search(line)}
+    return [line for name in _KEPT[of.path] for line in _stored_early(of, name)]
+
+
+def _stored_early(of: Compiled, name: str) -> list[str]:
+    loaded, stored = (_lines_of(of.source, verb, name) for verb in ("load", "store"))
     # Triton >= 3.8 emits a load as two lines of assembly, and the second is the load.
-    loaded |= {number + 1 for number in loaded}
-    stored = {number for number, line in enumerate(lines, 1) if _STATE_STORE.search(line)}
+    loaded |= {line + 1 for line in loaded}
 
     def is_load(at: Instruction) -> bool:
         return _is_global_load(at) and _is_of(at, loaded)
@@ -193,9 +194,14 @@ def state_in_order(of: Compiled) -> list[str]:
 
     loads, stores = of.listing.where(is_load), of.listing.where(is_store)
     if not loads or not stores:
-        return [f"{len(loads)} loads and {len(stores)} stores of the state: none may be missing"]
+        return [f"{len(loads)} loads and {len(stores)} stores of {name}: none may be missing"]
     early = of.listing.reached(loads, is_store, _is_barrier)
-    return [f"no barrier between the loads of the state and its {at}" for at in early]
+    return [f"no barrier between the loads of {name} and its {at}" for at in early]
+
+
+def _lines_of(source: str, verb: str, name: str) -> set[int]:
+    found = re.finditer(rf"\btl\.{verb}\(\s*{name}\b", source)
+    return {source.count("\n", 0, match.start()) + 1 for match in found}
 
 
 def _is_of(at: Instruction, lines: set[int]) -> bool:

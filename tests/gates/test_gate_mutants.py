@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import costs
 import pytest
-from farm import Compiled, Task, Wanted, compile_tasks, copy_package
 
+import costs
+from farm import Compiled, Task, Wanted, compile_tasks, copy_package
 from gates import GATES
 
 # Triton 3.9 has a barrier of its own before a ticket, so that no kernel can be without one.
@@ -109,12 +109,12 @@ MUTANTS = [
     Mutant(
         "adds to the scratch though it runs alone",
         "ticket",
-        "if last:\n                    beyond",
-        "tl.atomic_add(scratch, tokens, sem='relaxed')\n"
-        "                if last:\n                    beyond",
+        "                if last:\n                    if SHARED:",
+        "                tl.atomic_add(scratch, tokens, sem='relaxed')\n"
+        "                if last:\n                    if SHARED:",
     ),
     Mutant(
-        "stores the state while warps load it",
+        "stores totals while warps load them",
         "state",
         f"# What follows stores: no warp may still have to load.\n    {BARRIER}",
         "",
@@ -125,7 +125,12 @@ MUTANTS = [
         "lap = head.to(tl.uint64)",
         "head = tl.load(state + 2)\n            lap = head.to(tl.uint64)",
     ),
-    Mutant("sorts where few experts repeat", "cost", "elif SORT:", "elif True:"),
+    Mutant(
+        "sorts where few experts were chosen",
+        "cost",
+        "if not SHARED or BLOCK_E == 32:",
+        "if BLOCK_E == 32:",
+    ),
     Mutant(
         "waits once more",
         "cost",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import costs
 import pytest
-from farm import AMD_TARGET, CUDA_TARGETS, TRITONS, Compiled, compile_supported
 
+import costs
+from farm import AMD_TARGET, CUDA_TARGETS, TRITONS, Compiled, compile_supported
 from gates import GATES
 
 TARGETS = (*CUDA_TARGETS, AMD_TARGET)

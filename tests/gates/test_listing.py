@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from listing import Instruction, Listing, parse
 
 
