@@ -3,6 +3,7 @@
 #include "bindings.h"
 #include "cuda_driver.h"
 #include "device_lanes.h"
+#include "device_registry.h"
 
 namespace py = pybind11;
 
@@ -31,7 +32,7 @@ void register_device(py::module_& m) {
   m.def(
       "switch_off_device_site",
       [](std::uint64_t site) {
-        if (DeviceLanes* lanes = DeviceLanes::of_site(site)) lanes->switch_off(site);
+        if (DeviceLanes* lanes = device_registry::of_site(site)) lanes->switch_off(site);
       },
       py::arg("site"));
   m.def("device_capability", &cuda::capability, py::arg("device"));
@@ -65,9 +66,16 @@ void register_device(py::module_& m) {
           "set",
           [](DeviceLanes& lanes, std::uint32_t lane, const std::string& name, std::int64_t value,
              std::uintptr_t stream) { lanes.set(lane, name, value, stream_at(stream)); },
-          py::arg("lane"), py::arg("name"), py::arg("value"), py::arg("stream"))
+          py::arg("lane"), py::arg("name"), py::arg("value"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>())
       .def("get", &DeviceLanes::get, py::arg("lane"), py::arg("name"))
-      .def("close", &DeviceLanes::close)
+      .def("close",
+           [](DeviceLanes& lanes) {
+             if (lanes.closed()) return;
+             const cuda::Stream stream = current_stream(lanes.device());
+             const py::gil_scoped_release others_may_run;
+             lanes.close(stream);
+           })
       .def_property_readonly("num_lanes", &DeviceLanes::num_lanes)
       .def_property_readonly("device", &DeviceLanes::device)
       .def_property_readonly("captured", &DeviceLanes::captured)

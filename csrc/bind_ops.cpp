@@ -3,6 +3,7 @@
 // more than counting.
 #include "bindings.h"
 #include "device_lanes.h"
+#include "device_registry.h"
 #include "dlpack.h"
 #include "lane.h"
 
@@ -42,6 +43,14 @@ long call_for_integer(PyObject* function) {
 bool describe(PyObject* object, dlpack::Tensor* tensor) {
   if (g_torch.api->describe(object, tensor) == 0)
     return tensor->device_type == dlpack::kCpu || tensor->device_type == dlpack::kCuda;
+  PyErr_Clear();
+  return false;
+}
+
+// The framework's current stream of a device.
+bool find_stream(std::int32_t device_type, std::int32_t device, void** stream) {
+  if (g_torch.api == nullptr || g_torch.api->current_work_stream == nullptr) return false;
+  if (g_torch.api->current_work_stream(device_type, device, stream) == 0) return true;
   PyErr_Clear();
   return false;
 }
@@ -90,22 +99,26 @@ RecordResult record_map(const dlpack::Tensor& t, const void* site, bool packed, 
   return record(site, map, map.rows * map.columns, recomputed);
 }
 
-// The same for tensors on a device, in its framework's current stream.
+// The same for tensors on a device, in its framework's current stream. The interpreter lock is
+// released: where a stream has no room, the driver waits for what is in it, and that may be a
+// function that needs the lock.
 RecordResult record_on_device(std::uintptr_t site, const DeviceTensor& tensor, cuda::Stream stream,
                               bool recomputed) {
-  DeviceLanes* lanes = DeviceLanes::of_site(site);
-  return lanes == nullptr ? RecordResult::kCopiedSite
-                          : lanes->launch(site, tensor, stream, recomputed);
+  DeviceLanes* lanes = device_registry::of_site(site);
+  if (lanes == nullptr) {
+    return device_registry::is_switched_off(site) ? RecordResult::kIgnored
+                                                  : RecordResult::kCopiedSite;
+  }
+  PyThreadState* state = PyEval_SaveThread();
+  const RecordResult result = lanes->launch(site, tensor, stream, recomputed);
+  PyEval_RestoreThread(state);
+  return result;
 }
 
 RecordResult record_on_device(const dlpack::Tensor& t, const dlpack::Tensor& site, Form form,
                               bool recomputed) {
   void* stream = nullptr;
-  if (g_torch.api->current_work_stream == nullptr ||
-      g_torch.api->current_work_stream(t.device_type, t.device_id, &stream) != 0) {
-    PyErr_Clear();
-    return RecordResult::kDeviceError;
-  }
+  if (!find_stream(t.device_type, t.device_id, &stream)) return RecordResult::kDeviceError;
   const DeviceTensor tensor{t.address(),
                             static_cast<ChoiceForm>(form),
                             form == kIds ? t.type_bits / 8 : 0,
@@ -177,6 +190,15 @@ bool to_integers(PyObject* const* args, Py_ssize_t count, Py_ssize_t expected, s
   return true;
 }
 
+// Where Python says where the site is. One of a device is not looked into: the model was moved.
+template <typename Tensor>
+RecordResult record_at(std::int64_t site, const Tensor& tensor, std::int64_t elements,
+                       bool recomputed) {
+  if (device_registry::of_site(static_cast<std::uint64_t>(site)) != nullptr)
+    return RecordResult::kCopiedSite;
+  return record(reinterpret_cast<const void*>(site), tensor, elements, recomputed);
+}
+
 // route_ids(site, data, bytes_per_id, rows, k, row_stride, slot_stride,
 // recomputed) -> result
 PyObject* route_ids(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -184,8 +206,7 @@ PyObject* route_ids(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!to_integers(args, count, 8, a)) return nullptr;
   const IdType type = a[2] == 8 ? IdType::kInt64 : a[2] == 4 ? IdType::kInt32 : IdType::kInt16;
   const IdTensor ids{reinterpret_cast<const void*>(a[1]), type, a[3], a[4], a[5], a[6]};
-  const void* site = reinterpret_cast<const void*>(a[0]);
-  return PyLong_FromLong(static_cast<long>(record(site, ids, a[3] * a[4], a[7] != 0)));
+  return PyLong_FromLong(static_cast<long>(record_at(a[0], ids, a[3] * a[4], a[7] != 0)));
 }
 
 // route_map(site, data, packed, rows, columns, row_stride, column_stride,
@@ -195,8 +216,7 @@ PyObject* route_map(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!to_integers(args, count, 8, a)) return nullptr;
   const MapTensor map{
       reinterpret_cast<const std::uint8_t*>(a[1]), a[2] != 0, a[3], a[4], a[5], a[6]};
-  const void* site = reinterpret_cast<const void*>(a[0]);
-  return PyLong_FromLong(static_cast<long>(record(site, map, a[3] * a[4], a[7] != 0)));
+  return PyLong_FromLong(static_cast<long>(record_at(a[0], map, a[3] * a[4], a[7] != 0)));
 }
 
 // launch_ids(site, data, bytes_per_id, rows, k, row_stride, slot_stride,
@@ -264,6 +284,11 @@ PyMethodDef kOps[] = {
 };
 
 }  // namespace
+
+cuda::Stream current_stream(int device) {
+  void* stream = nullptr;
+  return find_stream(dlpack::kCuda, device, &stream) ? static_cast<cuda::Stream>(stream) : nullptr;
+}
 
 void register_ops(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), kOps) != 0) throw py::error_already_set();

@@ -3,11 +3,17 @@
 
 #include <pybind11/pybind11.h>
 
+#include "cuda_driver.h"
+
 namespace dodoco {
 
 void register_writer(pybind11::module_& m);
 void register_reader(pybind11::module_& m);
 void register_ops(pybind11::module_& m);
 void register_device(pybind11::module_& m);
+
+// What torch says is the calling thread's stream of a device; null where it says nothing. Needs the
+// interpreter lock.
+cuda::Stream current_stream(int device);
 
 }  // namespace dodoco

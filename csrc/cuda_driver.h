@@ -20,10 +20,11 @@ using Address = std::uint64_t;
 
 constexpr Result kSuccess = 0;
 constexpr Result kDeinitialized = 4;  // the process is ending
+constexpr Result kInvalidContext = 201;
 constexpr Result kCaptureImplicit = 906;
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;
 constexpr unsigned kHostRegisterPortable = 1, kHostRegisterDeviceMap = 2;
-constexpr int kMaxDynamicSharedBytes = 8;
+constexpr int kNumRegisters = 4, kMaxDynamicSharedBytes = 8;  // of a function
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr int kCaptureModeRelaxed = 2;
 
@@ -50,16 +51,16 @@ struct Driver {
   Result (*exchange_capture_mode)(int*);
   Result (*alloc)(Address*, std::size_t);
   Result (*free)(Address);
-  Result (*memset_bytes)(Address, unsigned char, std::size_t);
-  Result (*memset_words_async)(Address, unsigned, std::size_t, Stream);
-  Result (*copy_to_device)(Address, const void*, std::size_t);
-  Result (*copy_to_host)(void*, Address, std::size_t);
+  Result (*memset_words)(Address, unsigned, std::size_t, Stream);
+  Result (*copy_to_device)(Address, const void*, std::size_t, Stream);
+  Result (*copy_to_host)(void*, Address, std::size_t, Stream);
   Result (*host_register)(void*, std::size_t, unsigned flags);
   Result (*host_unregister)(void*);
   Result (*host_device_pointer)(Address*, void*, unsigned flags);
   Result (*module_load)(Module*, const void* image);
   Result (*module_unload)(Module);
   Result (*module_function)(Function*, Module, const char* name);
+  Result (*function_get)(int*, int attribute, Function);
   Result (*function_set)(Function, int attribute, int value);
   Result (*launch)(Function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
                    unsigned block_y, unsigned block_z, unsigned shared_bytes, Stream, void** params,

@@ -1,85 +1,27 @@
 #include "device_lanes.h"
 
-#include <pthread.h>
-#include <unistd.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <iterator>
-#include <map>
-#include <mutex>
 #include <stdexcept>
 
+#include "device_registry.h"
+
 namespace dodoco {
-namespace {
-
-// Open lanes, so that an op finds those of a site without trusting what it holds. A slot is written
-// by whoever opens or closes lanes and read by launches, which never wait.
-constexpr std::size_t kMaxOpen = 64;
-std::atomic<DeviceLanes*> g_open[kMaxOpen];
-std::atomic<std::size_t> g_num_open{0};  // slots ever used
-
-// Files registered with the driver: how many devices' lanes write to each.
-struct Registry {
-  std::mutex mutex;
-  std::map<const void*, int> users;
-  std::vector<const DeviceLanes*> made;  // all there ever were: they are never destroyed
-};
-
-Registry& registry() {
-  static Registry* made = [] {
-    auto* result = new Registry;
-    // A child of fork() has no driver: nothing there may launch, nor wait for a lock held here.
-    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
-                   [] {
-                     for (auto& slot : g_open) slot.store(nullptr, std::memory_order_relaxed);
-                     registry().mutex.unlock();
-                   });
-    return result;
-  }();
-  return *made;
-}
-
-constexpr std::uint64_t aligned(std::uint64_t bytes, std::uint64_t to = 256) {
-  return (bytes + to - 1) / to * to;
-}
-
-// What tells multiples of `every`: see ControlBlock.
-struct Divisor {
-  std::uint64_t mask, inverse, limit;
-  explicit Divisor(std::uint64_t every) {
-    const int twos = __builtin_ctzll(every);
-    const std::uint64_t odd = every >> twos;
-    mask = (std::uint64_t{1} << twos) - 1;
-    inverse = odd;  // right in the lowest three bits; each step doubles them
-    for (int bits = 3; bits < 64; bits *= 2) inverse *= 2 - odd * inverse;
-    limit = UINT64_MAX / odd;
-  }
-};
-
-}  // namespace
-
-DeviceLanes* DeviceLanes::of_site(std::uint64_t address) {
-  const std::size_t count = g_num_open.load(std::memory_order_acquire);
-  for (std::size_t i = 0; i < count; ++i) {
-    DeviceLanes* lanes = g_open[i].load(std::memory_order_acquire);
-    if (lanes == nullptr) continue;
-    const std::uint64_t first = lanes->site_address(0);
-    if (address - first < lanes->layers_.size() * sizeof(Site)) return lanes;
-  }
-  return nullptr;
-}
 
 DeviceLanes::DeviceLanes(RecordingWriter* writer, int device, std::uint32_t first_lane,
                          std::uint32_t num_lanes)
     : writer_(writer),
       device_(device),
-      first_lane_(first_lane),
+      num_lanes_(num_lanes),
       context_(std::make_unique<cuda::PrimaryContext>(device)),
       driver_(cuda::driver()),
-      owner_pid_(::getpid()),
-      file_base_(writer->base()) {
+      file_base_(writer->base()),
+      layers_(writer->layers().size()),
+      owners_(num_lanes),
+      reserved_(num_lanes, false) {
   if (file_base_ == nullptr) throw std::invalid_argument("the recording is closed");
   if (num_lanes < 1 || first_lane + num_lanes > writer->num_lanes()) {
     throw std::invalid_argument("lanes " + std::to_string(first_lane) + " to " +
@@ -89,98 +31,55 @@ DeviceLanes::DeviceLanes(RecordingWriter* writer, int device, std::uint32_t firs
   int count = 0;
   cuda::check(driver_.device_get_count(&count), "cuDeviceGetCount");
   only_device_ = count == 1;
-  for (const LayerEntry& entry : writer->layers())
-    layers_.push_back({entry.num_experts, entry.top_k, entry.board_offset, false, {}});
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    const LayerEntry& entry = writer->layers()[i];
+    layers_[i].num_experts = entry.num_experts;
+    layers_[i].top_k = entry.top_k;
+    layers_[i].board_offset = entry.board_offset;
+  }
   for (std::uint32_t lane = 0; lane < num_lanes; ++lane)
     boards_.push_back(writer->section(SectionKind::kBoard, first_lane + lane).offset);
-  settings_.assign(num_lanes, {1, 1, 0, 0, -1});
-  owners_.assign(num_lanes, std::nullopt);
-  reserved_.assign(num_lanes, false);
-  lay_out();
+  places_ = DeviceArena(*writer, first_lane, num_lanes);
 
-  Registry& files = registry();
-  const std::lock_guard<std::mutex> guard(files.mutex);
   const cuda::Current current(context_->get());
   try {
-    if (files.users.count(file_base_) == 0) {
-      cuda::check(driver_.host_register(file_base_, writer->file_bytes(),
-                                        cuda::kHostRegisterPortable | cuda::kHostRegisterDeviceMap),
-                  "cuMemHostRegister");
-    }
-    ++files.users[file_base_];
-    registered_ = true;
-    // Asked for on each device: nothing says that the address is the same on all.
-    cuda::check(driver_.host_device_pointer(&file_, file_base_, 0), "cuMemHostGetDevicePointer");
-    cuda::check(driver_.alloc(&arena_, at_.bytes), "cuMemAlloc");
-    fill_arena();
-    const std::size_t slots = g_num_open.load(std::memory_order_relaxed);
-    std::size_t slot = 0;
-    while (slot < slots && g_open[slot].load(std::memory_order_relaxed) != nullptr) ++slot;
-    if (slot == kMaxOpen) throw std::invalid_argument("64 recordings on devices are open: detach");
-    files.made.push_back(this);
+    set_up();
     writer->hold();
-    open_.store(true, std::memory_order_relaxed);
-    g_open[slot].store(this, std::memory_order_release);
-    g_num_open.store(std::max(slots, slot + 1), std::memory_order_release);
+    open_.store(true);
+    device_registry::open(this);
   } catch (...) {
+    if (open_.exchange(false)) writer->release();
     release();
     throw;
   }
 }
 
-void DeviceLanes::lay_out() {
-  const std::uint64_t lanes = settings_.size();
-  std::uint64_t widest = 1;
-  for (const Layer& layer : layers_) {
-    std::uint64_t padded = 1;
-    while (padded < layer.num_experts) padded *= 2;
-    widest = std::max(widest, padded);
+void DeviceLanes::set_up() {
+  {
+    device_registry::File file(file_base_);
+    if (!file.in_use()) {
+      cuda::check(driver_.host_register(file_base_, writer_->file_bytes(),
+                                        cuda::kHostRegisterPortable | cuda::kHostRegisterDeviceMap),
+                  "cuMemHostRegister");
+    }
+    file.add_user();
+    registered_ = true;
   }
-  at_.board_bytes = writer_->section(SectionKind::kBoard, first_lane_).bytes;
-  at_.scratch_bytes = aligned((kScratchCounts + widest) * 4);
-  std::uint64_t next = 0;
-  const auto take = [&](std::uint64_t bytes) {
-    const std::uint64_t at = next;
-    next += aligned(bytes);
-    return at;
-  };
-  at_.lanes = take(lanes * sizeof(DeviceLane));
-  at_.sites = take(layers_.size() * sizeof(Site));
-  at_.zeroed = next;  // what comes before is copied, what follows cleared
-  at_.clock = take(8);
-  at_.scratch = take(lanes * at_.scratch_bytes);
-  at_.totals = take(lanes * at_.board_bytes);
-  at_.bytes = next;
+  // Asked for on each device: nothing says that the address is the same on all.
+  cuda::check(driver_.host_device_pointer(&file_, file_base_, 0), "cuMemHostGetDevicePointer");
+  cuda::check(driver_.alloc(&arena_, places_.bytes()), "cuMemAlloc");
+  cuda::check(driver_.stream_create(&own_stream_, cuda::kStreamNonBlocking), "cuStreamCreate");
+  const std::vector<std::uint8_t> image = places_.image(*writer_, arena_, file_);
+  cuda::check(driver_.copy_to_device(arena_, image.data(), image.size(), own_stream_),
+              "cuMemcpyHtoDAsync");
+  const std::uint64_t zeroed = places_.zeroed();
+  cuda::check(driver_.memset_words(arena_ + zeroed, 0, (places_.bytes() - zeroed) / 4, own_stream_),
+              "cuMemsetD32Async");
+  finish_own_stream();  // no other stream would wait for it
 }
 
-void DeviceLanes::fill_arena() {
-  std::vector<std::uint8_t> image(at_.zeroed, 0);
-  const Divisor every(1);
-  for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-    const Section& ring = writer_->section(SectionKind::kRing, first_lane_ + lane);
-    DeviceLane block{};
-    ControlBlock& control = block.control;
-    control.magic = kControlMagic;
-    control.recording = file_;
-    control.enabled = 1;
-    control.record_every = 1;
-    control.num_valid = -1;
-    control.ring = file_ + ring.offset;
-    control.log2_slots = static_cast<std::uint64_t>(__builtin_ctzll(ring.count));
-    control.scratch = arena_ + at_.scratch + lane * at_.scratch_bytes;
-    control.every_mask = every.mask;
-    control.every_inverse = every.inverse;
-    control.every_limit = every.limit;
-    block.state.last_layer = -1;
-    std::copy(std::begin(kMaxMeanEighths), std::end(kMaxMeanEighths), block.max_mean_eighths);
-    std::memcpy(image.data() + at_.lanes + lane * sizeof(block), &block, sizeof(block));
-  }
-  for (std::uint64_t layer = 0; layer < layers_.size(); ++layer) {
-    const Site site{kSiteMagic, site_address(layer), lane_address(0), layer, {}};
-    std::memcpy(image.data() + at_.sites + layer * sizeof(site), &site, sizeof(site));
-  }
-  cuda::check(driver_.memset_bytes(arena_ + at_.zeroed, 0, at_.bytes - at_.zeroed), "cuMemsetD8");
-  cuda::check(driver_.copy_to_device(arena_, image.data(), image.size()), "cuMemcpyHtoD");
+void DeviceLanes::finish_own_stream() {
+  cuda::check(driver_.stream_synchronize(own_stream_), "cuStreamSynchronize");
 }
 
 std::size_t DeviceLanes::slot_of(ChoiceForm form, int id_bytes) {
@@ -189,14 +88,25 @@ std::size_t DeviceLanes::slot_of(ChoiceForm form, int id_bytes) {
   return id_bytes == 8 ? 2 : id_bytes == 4 ? 1 : 0;
 }
 
-void DeviceLanes::add_kernel(const KernelSpec& spec) {
-  const cuda::Current current(context_->get());
+// A function of a module, in the device's memory: none is loaded at its first launch.
+cuda::Function DeviceLanes::load(const std::string& name, const std::string& code) {
   cuda::Module module = nullptr;
-  cuda::check(driver_.module_load(&module, spec.code.data()), "cuModuleLoadData");
+  cuda::check(driver_.module_load(&module, code.data()), "cuModuleLoadData");
   modules_.push_back(module);
+  cuda::Function function = nullptr;
+  cuda::check(driver_.module_function(&function, module, name.c_str()), "cuModuleGetFunction");
+  int registers = 0;
+  cuda::check(driver_.function_get(&registers, cuda::kNumRegisters, function),
+              "cuFuncGetAttribute");
+  return function;
+}
+
+void DeviceLanes::add_kernel(const KernelSpec& spec) {
+  const Use use(this);
+  if (!use) return;
+  const cuda::Current current(context_->get());
   auto kernel = std::make_unique<Kernel>();
-  cuda::check(driver_.module_function(&kernel->function, module, spec.name.c_str()),
-              "cuModuleGetFunction");
+  kernel->function = load(spec.name, spec.code);
   if (spec.shared_bytes > 48 * 1024) {
     cuda::check(driver_.function_set(kernel->function, cuda::kMaxDynamicSharedBytes,
                                      static_cast<int>(spec.shared_bytes)),
@@ -211,155 +121,117 @@ void DeviceLanes::add_kernel(const KernelSpec& spec) {
   for (Layer& layer : layers_) {
     if (layer.num_experts != spec.num_experts) continue;
     const Kernel*& place = layer.kernels[slot_of(spec.form, spec.id_bytes)][spec.shared ? 1 : 0];
-    // Of several that fit, the one with the fewest columns to spare.
-    const bool fits = spec.form != ChoiceForm::kIds || spec.block_k >= layer.top_k;
-    if (fits && (place == nullptr || spec.block_k < place->block_k)) place = kernel.get();
+    // Of several, the one with the fewest columns to spare; where top_k is unknown, with the most.
+    const bool better = layer.top_k == 0 ? place == nullptr || spec.block_k > place->block_k
+                                         : spec.block_k >= layer.top_k &&
+                                               (place == nullptr || spec.block_k < place->block_k);
+    if (better || spec.form != ChoiceForm::kIds) place = kernel.get();
   }
   kernels_.push_back(std::move(kernel));
 }
 
 void DeviceLanes::calibrate_clock(const std::string& name, const std::string& code) {
   constexpr int kTries = 10;  // the first ones warm up
+  const Use use(this);
+  if (!use) return;
   const cuda::Current current(context_->get());
-  cuda::Module module = nullptr;
-  cuda::check(driver_.module_load(&module, code.data()), "cuModuleLoadData");
-  modules_.push_back(module);
-  cuda::Function function = nullptr;
-  cuda::check(driver_.module_function(&function, module, name.c_str()), "cuModuleGetFunction");
-  cuda::Stream stream = nullptr;
-  cuda::check(driver_.stream_create(&stream, cuda::kStreamNonBlocking), "cuStreamCreate");
-  const cuda::Address out = arena_ + at_.clock;
+  cuda::Function function = load(name, code);
+  cuda::Address out = arena_ + places_.clock();
   std::uint64_t shortest = UINT64_MAX;
   std::int64_t offset = 0;
-  const auto measure = [&] {
-    cuda::Address argument = out;
+  for (int i = 0; i < kTries; ++i) {
     cuda::Address unused[2] = {0, 0};
-    void* params[] = {&argument, &unused[0], &unused[1]};
+    void* params[] = {&out, &unused[0], &unused[1]};
     const std::uint64_t before = monotonic_ns();
-    cuda::check(driver_.launch(function, 1, 1, 1, 32, 1, 1, 0, stream, params, nullptr),
+    cuda::check(driver_.launch(function, 1, 1, 1, 32, 1, 1, 0, own_stream_, params, nullptr),
                 "cuLaunchKernel");
-    cuda::check(driver_.stream_synchronize(stream), "cuStreamSynchronize");
+    finish_own_stream();
     const std::uint64_t after = monotonic_ns();
     std::uint64_t clock = 0;
-    cuda::check(driver_.copy_to_host(&clock, out, sizeof(clock)), "cuMemcpyDtoH");
-    if (after - before >= shortest) return;
+    cuda::check(driver_.copy_to_host(&clock, out, sizeof(clock), own_stream_), "cuMemcpyDtoHAsync");
+    finish_own_stream();
+    if (after - before >= shortest) continue;
     shortest = after - before;
     offset = static_cast<std::int64_t>(before + (after - before) / 2 - clock);
-  };
-  try {
-    for (int i = 0; i < kTries; ++i) measure();
-  } catch (...) {
-    driver_.stream_destroy(stream);
-    throw;
   }
-  cuda::check(driver_.stream_destroy(stream), "cuStreamDestroy");
   for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-    cuda::check(driver_.copy_to_device(lane_address(lane) + offsetof(ControlBlock, clock_offset_ns),
-                                       &offset, sizeof(offset)),
-                "cuMemcpyHtoD");
+    write_words(lane_address(lane) + offsetof(ControlBlock, clock_offset_ns), &offset, 2,
+                own_stream_);
   }
+  finish_own_stream();
 }
 
 std::uint64_t DeviceLanes::site_address(std::uint64_t layer) const {
   if (layer >= layers_.size())
     throw std::invalid_argument("no layer " + std::to_string(layer) + " in this recording");
-  return arena_ + at_.sites + layer * sizeof(Site);
+  return arena_ + places_.site(layer);
 }
 
-void DeviceLanes::write_words(cuda::Address at, const std::uint32_t* words, std::size_t count,
+void DeviceLanes::write_words(cuda::Address at, const void* words, std::size_t count,
                               cuda::Stream stream) {
+  // No copy: that could read the words later than this returns.
   for (std::size_t i = 0; i < count; ++i) {
-    cuda::check(driver_.memset_words_async(at + i * 4, words[i], 1, stream), "cuMemsetD32Async");
+    std::uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(words) + i * 4, 4);
+    cuda::check(driver_.memset_words(at + i * 4, word, 1, stream), "cuMemsetD32Async");
   }
 }
 
-void DeviceLanes::set(std::uint32_t lane, const std::string& name, std::int64_t value,
-                      cuda::Stream stream) {
-  if (closed()) return;
-  LaneSettings& settings = settings_.at(lane);
-  const cuda::Address control = lane_address(lane);
-  const cuda::Current current(context_->get());
-  int capturing = 0;
-  const cuda::Result result = driver_.stream_is_capturing(stream, &capturing);
-  if (capturing != 0 || result == cuda::kCaptureImplicit) {
-    throw std::runtime_error(
-        "the current stream is being captured, and the graph would set it at each replay: set it "
-        "outside the capture");
-  }
-  cuda::check(result, "cuStreamIsCapturing");
-  const auto word = static_cast<std::uint32_t>(value);
-  const auto set_word = [&](std::size_t offset, std::uint32_t* mirror) {
-    write_words(control + offset, &word, 1, stream);
-    *mirror = word;
-  };
-  if (name == "enabled") {
-    set_word(offsetof(ControlBlock, enabled), &settings.enabled);
-  } else if (name == "map_version") {
-    set_word(offsetof(ControlBlock, map_version), &settings.map_version);
-  } else if (name == "microbatch") {
-    set_word(offsetof(ControlBlock, microbatch), &settings.microbatch);
-  } else if (name == "record_every") {
-    if (word == 0) throw std::invalid_argument("record_every=0: give 1 or more");
-    const Divisor every(word);
-    std::uint32_t words[6];
-    std::memcpy(words, &every, sizeof(words));
-    write_words(control + offsetof(ControlBlock, every_mask), words, 6, stream);
-    set_word(offsetof(ControlBlock, record_every), &settings.record_every);
-  } else if (name == "num_valid") {
-    std::uint32_t words[2];
-    std::memcpy(words, &value, sizeof(words));
-    write_words(control + offsetof(ControlBlock, num_valid), words, 2, stream);
-    settings.num_valid = value;
-  } else {
-    throw std::invalid_argument("no setting '" + name + "' of a lane");
-  }
-}
-
-std::int64_t DeviceLanes::get(std::uint32_t lane, const std::string& name) const {
-  const LaneSettings& settings = settings_.at(lane);
-  if (name == "enabled") return settings.enabled;
-  if (name == "record_every") return settings.record_every;
-  if (name == "num_valid") return settings.num_valid;
-  if (name == "map_version") return settings.map_version;
-  if (name == "microbatch") return settings.microbatch;
-  throw std::invalid_argument("no setting '" + name + "' of a lane");
+void DeviceLanes::check_lane(std::uint32_t lane) const {
+  if (lane < num_lanes()) return;
+  throw std::invalid_argument("lane " + std::to_string(lane) + " of a device with " +
+                              std::to_string(num_lanes()));
 }
 
 void DeviceLanes::switch_off(std::uint64_t site) {
-  layers_.at((site - site_address(0)) / sizeof(Site)).is_off = true;
+  if (!has_site(site)) return;
+  layers_[(site - site_address(0)) / sizeof(Site)].is_off.store(true, std::memory_order_relaxed);
 }
 
 void* DeviceLanes::reserve(std::uint32_t lane) {
-  if (lane >= num_lanes()) {
-    throw std::invalid_argument("lane " + std::to_string(lane) + " of a device with " +
-                                std::to_string(num_lanes()));
+  check_lane(lane);
+  const Use use(this);
+  if (use) {  // not in the child of a fork, where another thread may have left the lock taken
+    const std::lock_guard<std::mutex> guard(streams_mutex_);
+    reserved_[lane] = true;
   }
-  reserved_[lane] = true;
   return reinterpret_cast<void*>(std::uintptr_t{lane} + 1);  // lane 0 is no null pointer
 }
 
-// num_lanes() if there is none. A lane belongs to one stream for good: two that ran at once in one
-// would lose counts.
+// num_lanes() if there is none. Two streams that ran at once in one lane would lose counts: a
+// stream has its lane for itself, until a thread chooses that lane for another one.
 std::uint32_t DeviceLanes::lane_of(cuda::Stream stream) {
-  if (const void* chosen = LaneChoice::instead_of(this))
-    return static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(chosen) - 1);
-  const std::uint32_t count = num_lanes();
-  std::uint32_t vacant = count;
-  for (std::uint32_t lane = count; lane-- > 0;) {
+  const void* chosen = LaneChoice::instead_of(this);
+  const std::lock_guard<std::mutex> guard(streams_mutex_);
+  if (chosen != nullptr) {
+    const auto lane = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(chosen) - 1);
+    if (owners_[lane] != stream) owners_[lane].reset();
+    return lane;
+  }
+  std::uint32_t vacant = num_lanes();
+  for (std::uint32_t lane = num_lanes(); lane-- > 0;) {
     if (owners_[lane] == stream) return lane;
     if (!owners_[lane].has_value() && !reserved_[lane]) vacant = lane;
   }
-  if (vacant < count) owners_[vacant] = stream;
+  if (vacant < num_lanes()) owners_[vacant] = stream;
   return vacant;
+}
+
+// The default stream cannot be captured.
+bool DeviceLanes::is_capturing(cuda::Stream stream) const {
+  int capturing = 0;
+  return stream != nullptr &&
+         (driver_.stream_is_capturing(stream, &capturing) != cuda::kSuccess || capturing != 0);
 }
 
 RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
                                  cuda::Stream stream, bool recomputed) {
+  const Use use(this);
+  if (!use) return RecordResult::kIgnored;
+  if (!has_site(site)) return RecordResult::kBadSite;
   const std::uint64_t number = (site - site_address(0)) / sizeof(Site);
-  if (closed()) return RecordResult::kIgnored;
-  if (number >= layers_.size()) return RecordResult::kBadSite;
   const Layer& layer = layers_[number];
-  if (layer.is_off) return RecordResult::kIgnored;
+  if (layer.is_off.load(std::memory_order_relaxed)) return RecordResult::kIgnored;
   const auto& kernels = layer.kernels[slot_of(tensor.form, tensor.id_bytes)];
   const Kernel* kernel = kernels[0];
   if (kernel == nullptr) return RecordResult::kBadShape;
@@ -383,17 +255,13 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
   }
   const std::uint32_t lane = lane_of(stream);
   if (lane >= num_lanes()) return RecordResult::kNoLane;
-  // The default stream cannot be captured.
-  if (!captured_ && stream != nullptr) {
-    int capturing = 0;
-    captured_ = driver_.stream_is_capturing(stream, &capturing) != cuda::kSuccess || capturing != 0;
-  }
+  if (!captured() && is_capturing(stream)) captured_.store(true, std::memory_order_relaxed);
 
   // What differs by lane and layer is an argument, so that the kernel has to look nothing up; what
   // changes while a captured graph lives is in the lane's control block.
   auto data = reinterpret_cast<cuda::Address>(tensor.data);
   cuda::Address control = lane_address(lane);
-  cuda::Address totals = arena_ + at_.totals + lane * at_.board_bytes + layer.board_offset;
+  cuda::Address totals = arena_ + places_.totals(lane) + layer.board_offset;
   cuda::Address board = file_ + boards_[lane] + layer.board_offset;
   auto layer_number = static_cast<std::int32_t>(number);
   auto top_k = static_cast<std::int32_t>(layer.top_k);
@@ -408,11 +276,9 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
     return driver_.launch(kernel->function, programs, 1, 1, kernel->threads, 1, 1,
                           kernel->shared_bytes, stream, params, nullptr);
   };
-  cuda::Result result;
-  if (only_device_) {
-    result = start();
-  } else {
-    // The caller may have another device current.
+  cuda::Result result = only_device_ ? start() : cuda::kInvalidContext;
+  if (result == cuda::kInvalidContext) {
+    // The thread may have another device current, or, where nothing ran in it yet, none.
     cuda::Context popped = nullptr;
     result = driver_.push(context_->get());
     if (result == cuda::kSuccess) {
@@ -423,25 +289,14 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
   return result == cuda::kSuccess ? RecordResult::kRecorded : RecordResult::kDeviceError;
 }
 
-void DeviceLanes::close() {
-  if (owner_pid_ != ::getpid()) return;
-  Registry& files = registry();
-  const std::lock_guard<std::mutex> guard(files.mutex);
-  if (closed()) return;
-  open_.store(false, std::memory_order_relaxed);
-  for (auto& slot : g_open) {
-    DeviceLanes* self = this;
-    slot.compare_exchange_strong(self, nullptr);
-  }
+void DeviceLanes::close(cuda::Stream current_stream) {
+  if (!open_.exchange(false)) return;
+  device_registry::close(this);
+  while (uses_.load() != 0) sched_yield();
   try {
     const cuda::Current current(context_->get());
-    // A graph that is replayed from now on finds no magic and returns.
-    const std::uint64_t none = 0;
-    for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
-      cuda::check(driver_.copy_to_device(lane_address(lane), &none, sizeof(none)), "cuMemcpyHtoD");
-    }
-    cuda::check(driver_.synchronize(), "cuCtxSynchronize");
-    if (captured_) return;
+    switch_all_off(current_stream);
+    if (captured()) return;
     release();
   } catch (const cuda::Error& error) {
     if (error.code() == cuda::kDeinitialized) return;  // nothing of the device is left
@@ -452,21 +307,36 @@ void DeviceLanes::close() {
   writer_->release();
 }
 
+// Once what was launched is done, clears the magic of all lanes: a graph that is replayed from then
+// on finds none and returns. To wait inside a capture would break it.
+void DeviceLanes::switch_all_off(cuda::Stream current) {
+  int capturing = 0;
+  if (current != nullptr && driver_.stream_is_capturing(current, &capturing) == cuda::kSuccess &&
+      capturing != 0) {
+    captured_.store(true, std::memory_order_relaxed);
+  }
+  const cuda::Result waited = capturing != 0 ? cuda::kSuccess : driver_.synchronize();
+  cuda::Result cleared = cuda::kSuccess;
+  for (std::uint32_t lane = 0; lane < num_lanes() && cleared == cuda::kSuccess; ++lane)
+    cleared = driver_.memset_words(lane_address(lane), 0, 2, own_stream_);
+  cuda::check(waited, "cuCtxSynchronize");
+  cuda::check(cleared, "cuMemsetD32Async");
+  finish_own_stream();
+}
+
 // Takes back what the constructor made, as far as it came; what cannot be taken back is left.
-// The registry's lock is held and the context is the thread's.
+// The context is the thread's.
 void DeviceLanes::release() {
   for (cuda::Module module : modules_) driver_.module_unload(module);
   modules_.clear();
-  if (arena_ != 0) driver_.free(arena_);  // its address stays: of_site() may be comparing with it
+  if (own_stream_ != nullptr) driver_.stream_destroy(own_stream_);
+  held_.store(false, std::memory_order_relaxed);
+  if (arena_ != 0) driver_.free(arena_);  // its address stays: has_site() may be comparing with it
   if (!registered_) return;
   registered_ = false;
-  auto& users = registry().users;
-  const auto file = users.find(file_base_);
-  if (--file->second == 0) {
-    // What the driver still holds must stay mapped.
-    if (driver_.host_unregister(file_base_) != cuda::kSuccess) writer_->hold();
-    users.erase(file);
-  }
+  device_registry::File file(file_base_);
+  // What the driver still holds must stay mapped.
+  if (file.remove_user() && driver_.host_unregister(file_base_) != cuda::kSuccess) writer_->hold();
 }
 
 }  // namespace dodoco

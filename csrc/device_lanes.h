@@ -5,11 +5,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "cuda_driver.h"
+#include "device_arena.h"
 #include "format.h"
 #include "lane.h"
 #include "recording_writer.h"
@@ -40,8 +42,8 @@ struct KernelSpec {
   std::string code;  // a cubin
 };
 
-// Threads that use one object take turns, as Python's interpreter lock has them do; different
-// objects are independent.
+// Threads may launch, set and close at the same time; kernels are added before anything launches.
+// In the child of a fork all of it does nothing.
 class DeviceLanes {
  public:
   // Lanes [first_lane, first_lane + num_lanes) of the recording, whose file is mapped into the
@@ -51,33 +53,41 @@ class DeviceLanes {
   DeviceLanes(const DeviceLanes&) = delete;
   DeviceLanes& operator=(const DeviceLanes&) = delete;
 
-  // Loads a kernel, for every layer that it fits. Not while something launches.
+  // Loads a kernel, for every layer that it fits.
   void add_kernel(const KernelSpec& spec);
 
   // Finds how far the device's clock is from the host's, with a kernel that stores the former.
-  // Waits for the device.
+  // Waits for that kernel.
   void calibrate_clock(const std::string& name, const std::string& code);
 
   std::uint64_t site_address(std::uint64_t layer) const;
-  std::uint32_t num_lanes() const { return static_cast<std::uint32_t>(settings_.size()); }
+  std::uint32_t num_lanes() const { return num_lanes_; }
   int device() const { return device_; }
-  bool captured() const { return captured_; }
+  bool captured() const { return captured_.load(std::memory_order_relaxed); }
   bool closed() const { return !open_.load(std::memory_order_relaxed); }
+  bool is_held() const { return held_.load(std::memory_order_relaxed); }
+  bool has_site(std::uint64_t address) const {
+    const std::uint64_t offset = address - arena_ - places_.site(0);
+    return offset < layers_.size() * sizeof(Site) && offset % sizeof(Site) == 0;
+  }
 
   // Settings of a lane by the names of ControlBlock's members, changed in the order of the stream.
-  // Throws std::invalid_argument for an unknown one, std::runtime_error while the stream is being
-  // captured, cuda::Error where the driver refuses.
+  // Throws std::invalid_argument for what cannot be set, std::runtime_error while the stream is
+  // being captured, cuda::Error where the driver refuses.
   void set(std::uint32_t lane, const std::string& name, std::int64_t value, cuda::Stream stream);
   std::int64_t get(std::uint32_t lane, const std::string& name) const;
 
   // Records a pass: one cuLaunchKernel and, before the first capture, on streams other than the
-  // default one, a look at whether this is one. `site` is a site_address().
+  // default one, a look at whether this is one. `site` is a site_address(). May wait where the
+  // stream has no room for another launch: not to be called with an interpreter lock held, which
+  // what is in the stream may need.
   RecordResult launch(std::uint64_t site, const DeviceTensor& tensor, cuda::Stream stream,
                       bool recomputed);
 
-  // Waits for the device, then lets go of everything; after a capture it all stays, switched off.
-  // To be called while nothing launches through these lanes. Idempotent; does nothing in a child.
-  void close();
+  // Waits for the device, switches off, and lets go of everything. After a capture it all stays,
+  // switched off. Nor can it wait while `current`, the calling thread's stream, is being captured:
+  // then it switches off at once. Idempotent.
+  void close(cuda::Stream current);
 
   // Launches nothing more for a site.
   void switch_off(std::uint64_t site);
@@ -86,12 +96,24 @@ class DeviceLanes {
   // LaneChoice's `chosen` and these lanes as its `usual`.
   void* reserve(std::uint32_t lane);
 
-  // The open lanes whose sites include an address; null: none.
-  static DeviceLanes* of_site(std::uint64_t address);
+  // For the child of a fork: its driver is gone.
+  void abandon() { open_.store(false, std::memory_order_relaxed); }
 
  private:
   ~DeviceLanes() = default;  // never destroyed: compiled code and captured graphs name sites of it
 
+  // Keeps close() from taking away what a call needs. False: it has begun to.
+  class Use {
+   public:
+    explicit Use(DeviceLanes* lanes) : lanes_(lanes) { lanes_->uses_.fetch_add(1); }
+    ~Use() { lanes_->uses_.fetch_sub(1); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    explicit operator bool() const { return lanes_->open_.load(); }
+
+   private:
+    DeviceLanes* lanes_;
+  };
   struct Kernel {
     cuda::Function function;
     std::uint32_t block_k;
@@ -101,50 +123,50 @@ class DeviceLanes {
   struct Layer {
     std::uint32_t num_experts, top_k;
     std::uint64_t board_offset;
-    bool is_off;
+    std::atomic<bool> is_off{false};
     // By slot_of(form, id_bytes), then alone or shared.
-    std::array<std::array<const Kernel*, 2>, 5> kernels;
+    std::array<std::array<const Kernel*, 2>, 5> kernels{};
   };
-  struct Places {  // offsets in the arena
-    std::uint64_t lanes, sites, clock, zeroed, scratch, totals, bytes;
-    std::uint64_t scratch_bytes, board_bytes;
-  };
-  struct LaneSettings {
-    std::uint32_t enabled, record_every, map_version, microbatch;
-    std::int64_t num_valid;
+  struct LaneSettings {  // as last set, in the order of kSettings
+    std::array<std::atomic<std::int64_t>, 5> values{1, 1, -1, 0, 0};
   };
 
-  cuda::Address lane_address(std::uint32_t lane) const {
-    return arena_ + at_.lanes + lane * sizeof(DeviceLane);
-  }
   static std::size_t slot_of(ChoiceForm form, int id_bytes);
-  void lay_out();
-  void fill_arena();
-  void write_words(cuda::Address at, const std::uint32_t* words, std::size_t count,
-                   cuda::Stream stream);
+  cuda::Address lane_address(std::uint32_t lane) const { return arena_ + places_.lane(lane); }
+  cuda::Function load(const std::string& name, const std::string& code);
+  void set_up();
+  void finish_own_stream();
+  void write_words(cuda::Address at, const void* words, std::size_t count, cuda::Stream stream);
   std::uint32_t lane_of(cuda::Stream stream);
+  bool is_capturing(cuda::Stream stream) const;
+  void check_lane(std::uint32_t lane) const;
+  void switch_all_off(cuda::Stream current);
   void release();
 
   RecordingWriter* writer_;
   int device_;
-  std::uint32_t first_lane_;
+  std::uint32_t num_lanes_;
   std::unique_ptr<cuda::PrimaryContext> context_;
   const cuda::Driver& driver_;
-  bool only_device_;
-  std::atomic<bool> open_{false};
-  bool captured_ = false;
+  bool only_device_ = false;
   bool registered_ = false;
-  std::int32_t owner_pid_;
   void* file_base_;
+  DeviceArena places_;
   cuda::Address arena_ = 0, file_ = 0;
-  Places at_{};
+  cuda::Stream own_stream_ = nullptr;  // for what nobody launched: waits for no work of the host's
   std::vector<Layer> layers_;
   std::vector<std::uint64_t> boards_;  // of each lane: where in the file
-  std::vector<LaneSettings> settings_;
-  std::vector<std::optional<cuda::Stream>> owners_;  // of each lane
-  std::vector<bool> reserved_;
+  std::array<LaneSettings, kMaxLanes> settings_;
   std::vector<cuda::Module> modules_;
   std::vector<std::unique_ptr<Kernel>> kernels_;
+
+  std::atomic<bool> open_{false};
+  std::atomic<int> uses_{0};  // calls that need what close() takes away
+  std::atomic<bool> captured_{false};
+  std::atomic<bool> held_{true};                     // the arena
+  std::mutex streams_mutex_;                         // of the next two
+  std::vector<std::optional<cuda::Stream>> owners_;  // of each lane
+  std::vector<bool> reserved_;
 };
 
 }  // namespace dodoco

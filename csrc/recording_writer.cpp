@@ -114,7 +114,7 @@ RecordingWriter::RecordingWriter(const RecordingSpec& spec) {
     if (error != 0) {
       fail(error, "cannot reserve " + std::to_string(file_bytes_) + " bytes for " + spec.path);
     }
-    base_ = map_apart(spec.path, fd, file_bytes_);
+    base_ = mapped_ = map_apart(spec.path, fd, file_bytes_);
     fill(spec);
   } catch (...) {
     if (base_ != nullptr) ::munmap(base_, file_bytes_);
@@ -282,10 +282,14 @@ void RecordingWriter::close() {
     __atomic_store_n(&header->state, static_cast<std::uint32_t>(FileState::kClosed),
                      __ATOMIC_RELEASE);
   }
-  if (holders_ == 0) ::munmap(base_, file_bytes_);
   base_ = nullptr;
   if (owner) ::close(lock_fd_);
   lock_fd_ = -1;
+  release();
+}
+
+void RecordingWriter::release() {
+  if (--holders_ == 0) ::munmap(mapped_, file_bytes_);
 }
 
 }  // namespace dodoco

@@ -1,6 +1,7 @@
 // Creates a recording and owns its lanes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -53,8 +54,9 @@ class RecordingWriter {
   const Section& section(SectionKind kind, std::uint32_t lane) const;
 
   // Keeps the file mapped after close(), until as many calls of release() as of hold().
+  // Thread-safe.
   void hold() { ++holders_; }
-  void release() { --holders_; }
+  void release();
 
   std::uint64_t num_slots() const { return num_slots_; }
   std::uint64_t file_bytes() const { return file_bytes_; }
@@ -71,8 +73,9 @@ class RecordingWriter {
   std::vector<Lane*> lanes_;
   std::vector<Site*> sites_;
   std::uint8_t* base_ = nullptr;
+  std::uint8_t* mapped_ = nullptr;
   int lock_fd_ = -1;
-  int holders_ = 0;
+  std::atomic<int> holders_{1};  // the writer itself until close()
 };
 
 }  // namespace dodoco

@@ -102,6 +102,12 @@ class OnDevice:
         return int(words_at(site, 8)[2]) + lane * LANE_BYTES
 
     def word(self, lane: int, offset: int, kind: Any = ctypes.c_uint32) -> int:
+        """A word of a lane's control block, once streams have done what is in them."""
+        self.cuda.settle()
+        return self.peek(lane, offset, kind)
+
+    def peek(self, lane: int, offset: int, kind: Any) -> int:
+        """A word of a lane's control block as it is now."""
         return int(kind.from_address(self.control(lane) + offset).value)
 
     def close(self) -> None:

@@ -77,6 +77,7 @@ class FakeCuda:
     def __init__(self, num_devices: int = 1) -> None:
         self._library = _library()
         self._library.fake_reset(num_devices)
+        self._library.fake_use_device(0)
         self._run: object = None
 
     def fail(self, name: str, *, after: int = 0, code: int = 2, sticky: bool = False) -> None:
@@ -86,6 +87,14 @@ class FakeCuda:
     def recover(self) -> None:
         """Ends a sticky failure."""
         self._library.fake_recover()
+
+    def settle(self) -> None:
+        """Lets all streams do what is in them."""
+        self._library.fake_settle()
+
+    def use_device(self, device: int | None) -> None:
+        """Makes a device current in this thread; None: none, as in a thread that ran nothing yet."""
+        self._library.fake_use_device(-1 if device is None else device)
 
     @contextmanager
     def capturing(self, stream: int) -> Iterator[None]:
@@ -99,6 +108,19 @@ class FakeCuda:
     def be_quiet(self) -> None:
         """Launches only return from now on: for timing what comes before them."""
         self._library.fake_quiet()
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Lets launches wait inside, as in a stream that has no room; for five seconds at most."""
+        self._library.fake_full(1)
+        try:
+            yield
+        finally:
+            self._library.fake_full(0)
+
+    def waiting(self) -> int:
+        """Launches that wait for room."""
+        return int(self._library.fake_waiting())
 
     def set_clock(self, now: int) -> None:
         """What the device's clock shows."""

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from device_cases import MAGIC, OnDevice, words_at
+from device_cases import MAGIC, OnDevice, add_kernels, words_at
 from dodoco_ext import _C
 from dodoco_ext.recording import Reader
 from fake_cuda import FakeCuda, Live
+from fake_torch import exchange
 
 NOTHING = Live(0, 0, 0, 0, 0)
+IGNORED, COPIED = 1, -1
 HERE = Path(__file__).parent
 
 
@@ -32,20 +34,61 @@ def test_closing_switches_off_waits_and_gives_everything_back(
     with cuda.calls_made() as calls:
         on.lanes.close()
     order = [call for call in calls if not call.startswith(("cuCtxP", "cuThread"))]
-    assert order[:3] == ["cuMemcpyHtoD", "cuMemcpyHtoD", "cuCtxSynchronize"], "a magic a lane"
-    assert set(order[3:]) == {
-        *("cuModuleUnload", "cuMemFree", "cuMemHostUnregister", "cuDevicePrimaryCtxRelease"),
+    assert order[0] == "cuCtxSynchronize"
+    assert order[1:4] == ["cuMemsetD32Async"] * 2 + ["cuStreamSynchronize"], "a magic a lane"
+    assert set(order[4:]) == {
+        *("cuModuleUnload", "cuStreamDestroy", "cuMemFree", "cuMemHostUnregister"),
+        "cuDevicePrimaryCtxRelease",
     }
     assert cuda.live() == NOTHING
     assert on.lanes.closed
     with cuda.calls_made() as calls:
         on.lanes.close()
         on.lanes.set(0, "enabled", 0, 0)
-        # Compiled code may still call with the site.
-        assert _C.launch_ids(site, 0x7000, 8, 4, 2, 2, 1, False, 0) == -1
+        # Compiled code may still call with what was a site; the memory may be anybody's by now.
+        assert _C.launch_ids(site, 0x7000, 8, 4, 2, 2, 1, False, 0) == COPIED
     assert not calls
     on.writer.close()
     assert Reader(on.path).state == "closed"
+
+
+def test_what_was_launched_before_is_counted(tmp_path: Path, cuda: FakeCuda) -> None:
+    """In whatever stream: lanes are switched off behind it."""
+    on = OnDevice(tmp_path, cuda)
+    controls = {5: on.control(0), 0: on.control(1)}
+    seen = []
+    cuda.run_with(lambda name, arguments, _: seen.append(int(words_at(arguments[1], 1)[0])))
+    for stream in controls:
+        on.launch_ids(stream=stream)
+    on.close()
+    assert seen == [MAGIC] * 2
+
+
+def test_inside_a_capture_nothing_is_waited_for(tmp_path: Path, cuda: FakeCuda) -> None:
+    """A model may be collected there; to wait for the device would end the host's capture."""
+    on = OnDevice(tmp_path, cuda)
+    held, control = cuda.live(), on.control(0)
+    with exchange(stream=5), cuda.capturing(5):
+        with cuda.calls_made() as calls:
+            on.close()
+        assert "cuCtxSynchronize" not in calls
+    assert cuda.live() == held
+    assert words_at(control, 1)[0] == 0
+    assert Reader(on.path).state == "closed"
+
+
+def test_a_capture_in_another_thread_is_told(tmp_path: Path, cuda: FakeCuda) -> None:
+    on = OnDevice(tmp_path, cuda)
+    held, control = cuda.live(), on.control(0)
+    with (
+        cuda.capturing(9),
+        pytest.raises(OSError, match="cuCtxSynchronize failed: CUDA_ERROR_STREAM_CAPTURE"),
+    ):
+        on.lanes.close()
+    cuda.settle()
+    assert words_at(control, 1)[0] == 0, "switched off all the same"
+    on.close()
+    assert cuda.live() == held
 
 
 def test_after_a_capture_everything_stays_and_is_switched_off(
@@ -59,6 +102,9 @@ def test_after_a_capture_everything_stays_and_is_switched_off(
     held = cuda.live()
     on.close()
     assert cuda.live() == held
+    with cuda.calls_made() as calls:
+        assert on.launch_ids(stream=5) == IGNORED, "nothing to report"
+    assert not calls
     for control in controls:
         block = words_at(control, 16)
         assert block[0] == 0
@@ -85,11 +131,16 @@ def test_the_writer_may_close_first(tmp_path: Path, cuda: FakeCuda) -> None:
     on.writer.close()
     assert words_at(control, 1)[0] == MAGIC
     assert words_at(int(words_at(control, 2)[1]), 1)[0] == 0x0A0D4F434F444F44, "still mapped"
+    mapped = str(on.path) in Path("/proc/self/maps").read_text()
     on.lanes.close()
     assert cuda.live() == NOTHING
+    assert mapped
+    assert str(on.path) not in Path("/proc/self/maps").read_text(), "and by nobody any more"
 
 
-@pytest.mark.parametrize("call", ["cuCtxPushCurrent", "cuMemcpyHtoD", "cuCtxSynchronize"])
+@pytest.mark.parametrize(
+    "call", ["cuCtxPushCurrent", "cuCtxSynchronize", "cuMemsetD32Async", "cuStreamSynchronize"]
+)
 def test_a_device_that_cannot_be_waited_for_keeps_what_it_has(
     tmp_path: Path, cuda: FakeCuda, call: str
 ) -> None:
@@ -133,10 +184,16 @@ def test_a_forked_child_makes_no_call(tmp_path: Path, cuda: FakeCuda) -> None:
         if child == 0:  # no assertion, no cleanup: only what the parent waits for
             before = len(cuda.calls())
             result = _C.launch_ids(site, 0x7000, 8, 4, 2, 2, 1, False, 0)
+            on.lanes.set(0, "enabled", 0, 0)
+            choice = _C.DeviceLaneChoice(on.lanes, 1)
+            on.lanes.calibrate_clock("read_clock", b"cubin")
+            add_kernels(on.lanes, 8, 2)
+            del choice
             on.close()
-            os._exit(0 if (result, len(cuda.calls())) == (-1, before) else 1)
+            os._exit(0 if (result, len(cuda.calls())) == (IGNORED, before) else 1)
         assert os.waitpid(child, 0)[1] == 0
         assert on.launch_ids() == 0
+        assert on.lanes.get(0, "enabled") == 1
         assert Reader(on.path).state == "live"
 
 

@@ -160,13 +160,49 @@ def test_settings_are_refused_while_the_stream_is_captured(tmp_path: Path, cuda:
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("colour", 1, "no setting 'colour'"), ("record_every", 0, "record_every=0: give 1 or more")],
+    [
+        ("colour", 1, "no setting 'colour'"),
+        ("record_every", 0, "record_every=0: give 1 to 4294967295"),
+        ("record_every", 1 << 32, "record_every=4294967296: give 1 to"),
+        ("enabled", -1, "enabled=-1: give 0 to"),
+    ],
 )
 def test_impossible_settings_are_refused(
     tmp_path: Path, cuda: FakeCuda, name: str, value: int, message: str
 ) -> None:
     with OnDevice(tmp_path, cuda) as on, pytest.raises(ValueError, match=message):
         on.lanes.set(0, name, value, 0)
+
+
+def test_a_lane_that_is_not_there_has_no_settings(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        with pytest.raises(ValueError, match="lane 2 of a device with 2"):
+            on.lanes.set(2, "enabled", 0, 0)
+        with pytest.raises(ValueError, match="lane 2 of a device with 2"):
+            on.lanes.get(2, "enabled")
+
+
+def test_a_setting_that_the_driver_refuses_keeps_its_value(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        cuda.fail("cuMemsetD32Async", code=700)
+        with pytest.raises(OSError, match="cuMemsetD32Async failed: CUDA_ERROR_ILLEGAL_ADDRESS"):
+            on.lanes.set(0, "num_valid", 3, 0)
+        assert on.lanes.get(0, "num_valid") == -1
+        on.lanes.set(0, "num_valid", 3, 0)
+        assert (on.lanes.get(0, "num_valid"), on.word(0, NUM_VALID, ctypes.c_int64)) == (3, 3)
+
+
+def test_settings_wait_for_their_turn_in_the_stream(tmp_path: Path, cuda: FakeCuda) -> None:
+    """A pass that was launched before keeps what it was launched with."""
+    with OnDevice(tmp_path, cuda) as on:
+        seen = []
+        cuda.run_with(lambda *_: seen.append(on.peek(0, NUM_VALID, ctypes.c_int64)))
+        on.launch_ids(stream=5)
+        on.lanes.set(0, "num_valid", 3, 5)
+        on.launch_ids(stream=5)
+        assert seen == []
+        cuda.settle()
+        assert seen == [-1, 3]
 
 
 def test_the_clock_is_calibrated_for_all_lanes(tmp_path: Path, cuda: FakeCuda) -> None:
@@ -180,7 +216,24 @@ def test_the_clock_is_calibrated_for_all_lanes(tmp_path: Path, cuda: FakeCuda) -
         offsets = [on.word(lane, CLOCK, ctypes.c_int64) for lane in range(2)]
         assert offsets[0] == offsets[1]
         assert before <= offsets[0] + 1_000 <= after
-        assert cuda.live().streams == 0
+
+
+def test_setting_up_is_done_before_anything_is_launched(tmp_path: Path, cuda: FakeCuda) -> None:
+    """In a stream of its own, which waits for nothing that the host has under way."""
+    with OnDevice(tmp_path, cuda) as on:
+        on.lanes.calibrate_clock("read_clock", b"cubin")
+        control = on.control(1)
+        assert words_at(control, 1)[0] == MAGIC
+        assert on.peek(1, CLOCK, ctypes.c_int64) != 0
+        assert not {"cuCtxSynchronize", "cuMemcpyHtoD", "cuMemsetD8"} & set(cuda.calls())
+        assert cuda.live().streams == 1
+
+
+def test_functions_are_loaded_before_their_first_launch(tmp_path: Path, cuda: FakeCuda) -> None:
+    with OnDevice(tmp_path, cuda) as on:
+        on.lanes.calibrate_clock("read_clock", b"cubin")
+        calls = cuda.calls()
+        assert calls.count("cuFuncGetAttribute") == calls.count("cuModuleGetFunction") == 21
 
 
 # --- what cannot be -----------------------------------------------------------------------------
@@ -223,10 +276,13 @@ SETUP_CALLS = [
     "cuMemHostRegister",
     "cuMemHostGetDevicePointer",
     "cuMemAlloc",
-    "cuMemsetD8",
-    "cuMemcpyHtoD",
+    "cuStreamCreate",
+    "cuMemcpyHtoDAsync",
+    "cuMemsetD32Async",
+    "cuStreamSynchronize",
     "cuModuleLoadData",
     "cuModuleGetFunction",
+    "cuFuncGetAttribute",
 ]
 
 

@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "device_lanes.h"
+#include "device_registry.h"
 #include "recording_reader.h"
 
 extern "C" {
@@ -57,7 +58,7 @@ void add_kernels(DeviceLanes* lanes) {
 
 RecordResult launch(DeviceLanes* lanes, std::uint64_t layer, std::int64_t rows) {
   const std::uint64_t site = lanes->site_address(layer);
-  DeviceLanes* found = DeviceLanes::of_site(site);
+  DeviceLanes* found = device_registry::of_site(site);
   if (found == nullptr) return RecordResult::kCopiedSite;
   const DeviceTensor ids{reinterpret_cast<const void*>(0x1000), ChoiceForm::kIds, 8, rows, 2, 2, 1};
   return found->launch(site, ids, nullptr, false);
@@ -80,7 +81,7 @@ bool live_once(const std::string& path, int launches) {
     whole = false;
   }
   try {
-    if (lanes != nullptr) lanes->close();
+    if (lanes != nullptr) lanes->close(nullptr);
   } catch (const cuda::Error&) {
     whole = false;
   }
@@ -156,7 +157,7 @@ void open_beside(const std::string& folder, double seconds) {
   stop.store(true);
   for (std::thread& other : others) other.join();
   expect(fake_num_launches() == launched + 3 * lives.load(), "launches are missing");
-  steady->close();
+  steady->close(nullptr);
   writer.close();
   ::unlink((folder + "/steady").c_str());
   expect(nothing_left() == 0, "something is left");

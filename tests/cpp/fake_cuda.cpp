@@ -1,87 +1,13 @@
 // A CUDA driver without a GPU: keeps "device" memory on the host, writes down every call, fails
-// where it is told to, and runs kernels by handing them to a callback.
+// where it is told to, and runs kernels by handing them to a callback. What is put into a stream
+// is done when somebody waits for the stream or the context, and not before.
 //
 // Built as a shared object with the driver's SONAME, so that whoever loads it first is what
 // dlopen("libcuda.so.1") then finds. Mapped files get a second address, as on a device.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#include <sys/mman.h>
-
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <map>
-#include <mutex>
-#include <set>
-#include <string>
-#include <vector>
-
-#include "cuda_driver.h"
-
-namespace {
-
-using namespace dodoco::cuda;
-
-constexpr int kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500;
-
-struct Launch {
-  std::string name;
-  unsigned programs, threads, shared_bytes;
-  std::uintptr_t stream;
-  std::uint64_t arguments[13];
-};
-
-struct State {
-  std::recursive_mutex mutex;
-  std::string calls;                                    // names, a line each
-  std::map<std::string, std::pair<int, int>> failures;  // name -> calls until then, code
-  int sticky = 0;  // what every call returns from a sticky failure on
-  int num_devices = 1;
-  std::map<Address, std::size_t> allocated;
-  std::map<void*, std::size_t> registered;
-  std::map<std::pair<Context, void*>, void*> aliases;
-  std::map<Context, int> retained;
-  std::set<Module> modules;
-  std::map<Function, std::pair<std::string, Context>> functions;
-  std::set<Stream> streams;
-  std::map<Stream, int> capturing;
-  std::vector<Launch> launches;
-  bool quiet = false;  // launches only return: for timing what comes before them
-  void (*run)(const char* name, const std::uint64_t* arguments, unsigned programs) = nullptr;
-  std::uint64_t clock = 0;
-  std::uintptr_t next = 0x1000;
-};
-
-State& state() {
-  static auto* made = new State;
-  return *made;
-}
-
-thread_local std::vector<Context> contexts;
-thread_local int capture_mode = 0;
-
-template <typename Handle>
-Handle make_handle(State& s) {
-  return reinterpret_cast<Handle>(s.next += 16);
-}
-
-// Writes the call down. Not 0: what it has to fail with.
-Result enter(State& s, const char* name) {
-  s.calls += name;
-  s.calls += '\n';
-  if (s.sticky != 0) return s.sticky;
-  const auto found = s.failures.find(name);
-  if (found == s.failures.end() || found->second.first-- > 0) return 0;
-  const int code = found->second.second;
-  s.failures.erase(found);
-  if (code < 0) s.sticky = -code;
-  return code < 0 ? -code : code;
-}
-
-Context current() { return contexts.empty() ? nullptr : contexts.back(); }
-
-}  // namespace
+#include "fake_cuda.h"
 
 #define FAKE extern "C" __attribute__((visibility("default")))
 #define ENTER(name)                                           \
@@ -113,13 +39,13 @@ FAKE Result cuDeviceGetAttribute(int* value, int attribute, Device) {
 }
 FAKE Result cuDevicePrimaryCtxRetain(Context* context, Device device) {
   ENTER("cuDevicePrimaryCtxRetain");
-  *context = reinterpret_cast<Context>(std::uintptr_t{0x10} + static_cast<unsigned>(device));
+  *context = context_of(device);
   ++s.retained[*context];
   return 0;
 }
 FAKE Result cuDevicePrimaryCtxRelease_v2(Device device) {
   ENTER("cuDevicePrimaryCtxRelease");
-  --s.retained[reinterpret_cast<Context>(std::uintptr_t{0x10} + static_cast<unsigned>(device))];
+  --s.retained[context_of(device)];
   return 0;
 }
 FAKE Result cuCtxPushCurrent_v2(Context context) {
@@ -137,6 +63,13 @@ FAKE Result cuCtxPopCurrent_v2(Context* context) {
 FAKE Result cuCtxSynchronize() {
   ENTER("cuCtxSynchronize");
   NEED_CONTEXT;
+  // Refused, and the end of the capture, even to a thread in relaxed mode.
+  for (auto& [stream, status] : s.capturing) {
+    if (status == 0) continue;
+    status = 2;
+    return kCaptureUnsupported;
+  }
+  settle_all(s);
   return 0;
 }
 FAKE Result cuThreadExchangeStreamCaptureMode(int* mode) {
@@ -147,39 +80,38 @@ FAKE Result cuThreadExchangeStreamCaptureMode(int* mode) {
 FAKE Result cuMemAlloc_v2(Address* address, std::size_t bytes) {
   ENTER("cuMemAlloc");
   NEED_CONTEXT;
-  void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  std::memset(memory, 0xA5, bytes);
-  *address = reinterpret_cast<Address>(memory);
-  s.allocated[*address] = bytes;
+  *address = take_memory(s, bytes);
   return 0;
 }
 FAKE Result cuMemFree_v2(Address address) {
   ENTER("cuMemFree");
-  if (s.allocated.erase(address) == 0) return kInvalidValue;
-  std::free(reinterpret_cast<void*>(address));
+  if (s.allocated.count(address) == 0) return kInvalidValue;
+  settle_all(s);  // as the real one waits for what may use the memory
+  give_memory_back(s.allocated[address]);
+  s.allocated.erase(address);
   return 0;
 }
-FAKE Result cuMemsetD8_v2(Address address, unsigned char value, std::size_t bytes) {
-  ENTER("cuMemsetD8");
-  std::memset(reinterpret_cast<void*>(address), value, bytes);
-  return 0;
-}
-FAKE Result cuMemsetD32Async(Address address, unsigned value, std::size_t count, Stream) {
+FAKE Result cuMemsetD32Async(Address address, unsigned value, std::size_t count, Stream stream) {
   ENTER("cuMemsetD32Async");
   NEED_CONTEXT;
-  for (std::size_t i = 0; i < count; ++i) reinterpret_cast<unsigned*>(address)[i] = value;
+  s.pending[stream].push_back([=] {
+    for (std::size_t i = 0; i < count; ++i) reinterpret_cast<unsigned*>(address)[i] = value;
+  });
   return 0;
 }
-FAKE Result cuMemcpyHtoD_v2(Address to, const void* from, std::size_t bytes) {
-  ENTER("cuMemcpyHtoD");
+// From memory that is not pinned: read before the call returns, stored later.
+FAKE Result cuMemcpyHtoDAsync_v2(Address to, const void* from, std::size_t bytes, Stream stream) {
+  ENTER("cuMemcpyHtoDAsync");
   NEED_CONTEXT;
-  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  const std::string held(static_cast<const char*>(from), bytes);
+  s.pending[stream].push_back(
+      [=] { std::memcpy(reinterpret_cast<void*>(to), held.data(), held.size()); });
   return 0;
 }
-FAKE Result cuMemcpyDtoH_v2(void* to, Address from, std::size_t bytes) {
-  ENTER("cuMemcpyDtoH");
+FAKE Result cuMemcpyDtoHAsync_v2(void* to, Address from, std::size_t bytes, Stream stream) {
+  ENTER("cuMemcpyDtoHAsync");
   NEED_CONTEXT;
-  std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+  s.pending[stream].push_back([=] { std::memcpy(to, reinterpret_cast<const void*>(from), bytes); });
   return 0;
 }
 FAKE Result cuMemHostRegister_v2(void* memory, std::size_t bytes, unsigned flags) {
@@ -236,6 +168,11 @@ FAKE Result cuModuleGetFunction(Function* function, Module module, const char* n
   s.functions[*function] = {name, current()};
   return 0;
 }
+FAKE Result cuFuncGetAttribute(int* value, int, Function) {
+  ENTER("cuFuncGetAttribute");
+  *value = 32;
+  return 0;
+}
 FAKE Result cuFuncSetAttribute(Function, int, int) {
   ENTER("cuFuncSetAttribute");
   return 0;
@@ -244,14 +181,15 @@ FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, 
                            unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                            Stream stream, void** params, void**) {
   if (state().quiet) return 0;
+  if (!wait_for_room()) return kLaunchTimeout;
   ENTER("cuLaunchKernel");
   const auto& [name, context] = s.functions.at(function);
-  // Where several devices are, the launching thread must be on the function's.
-  if (s.num_devices > 1 && current() != context) return kInvalidContext;
+  if (current() == nullptr || current() != context) return kInvalidContext;
   if (grid_y * grid_z * block_y * block_z != 1) return kInvalidValue;
   if (name.find("clock") != std::string::npos) {
     // One argument, then Triton's two.
-    **static_cast<std::uint64_t**>(params[0]) = s.clock;
+    auto* out = *static_cast<std::uint64_t**>(params[0]);
+    s.pending[stream].push_back([&s, out] { *out = s.clock; });
     return *static_cast<void**>(params[1]) == nullptr && *static_cast<void**>(params[2]) == nullptr
                ? 0
                : kInvalidValue;
@@ -260,8 +198,11 @@ FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, 
   constexpr std::size_t kBytes[] = {8, 8, 8, 8, 4, 4, 4, 4, 8, 8, 4, 8, 8};
   for (int i = 0; i < 13; ++i) std::memcpy(&launch.arguments[i], params[i], kBytes[i]);
   s.launches.push_back(launch);
-  const bool captured = s.capturing.count(stream) != 0 && s.capturing[stream] != 0;
-  if (s.run != nullptr && !captured) s.run(name.c_str(), launch.arguments, grid_x);
+  if (s.capturing.count(stream) != 0 && s.capturing[stream] != 0) return 0;
+  if (s.run != nullptr) {
+    s.pending[stream].push_back(
+        [&s, launch] { s.run(launch.name.c_str(), launch.arguments, launch.programs); });
+  }
   return 0;
 }
 FAKE Result cuStreamCreate(Stream* stream, unsigned flags) {
@@ -275,8 +216,9 @@ FAKE Result cuStreamDestroy_v2(Stream stream) {
   ENTER("cuStreamDestroy");
   return s.streams.erase(stream) == 1 ? 0 : kInvalidValue;
 }
-FAKE Result cuStreamSynchronize(Stream) {
+FAKE Result cuStreamSynchronize(Stream stream) {
   ENTER("cuStreamSynchronize");
+  settle(s, stream);
   return 0;
 }
 FAKE Result cuStreamIsCapturing(Stream stream, int* status) {
@@ -286,11 +228,17 @@ FAKE Result cuStreamIsCapturing(Stream stream, int* status) {
 }
 FAKE Result cuGetErrorName(Result code, const char** name) {
   static const std::map<int, const char*> kNames = {
-      {1, "CUDA_ERROR_INVALID_VALUE"},     {2, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {4, "CUDA_ERROR_DEINITIALIZED"},     {100, "CUDA_ERROR_NO_DEVICE"},
-      {101, "CUDA_ERROR_INVALID_DEVICE"},  {201, "CUDA_ERROR_INVALID_CONTEXT"},
-      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"}, {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
-      {801, "CUDA_ERROR_NOT_SUPPORTED"},   {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
+      {1, "CUDA_ERROR_INVALID_VALUE"},
+      {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {4, "CUDA_ERROR_DEINITIALIZED"},
+      {100, "CUDA_ERROR_NO_DEVICE"},
+      {101, "CUDA_ERROR_INVALID_DEVICE"},
+      {201, "CUDA_ERROR_INVALID_CONTEXT"},
+      {700, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+      {712, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED"},
+      {801, "CUDA_ERROR_NOT_SUPPORTED"},
+      {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
   };
   const auto found = kNames.find(code);
   if (found == kNames.end()) return kInvalidValue;
@@ -304,7 +252,7 @@ FAKE Result cuGetErrorName(Result code, const char** name) {
 FAKE void fake_reset(int num_devices) {
   State& s = state();
   const std::lock_guard<std::recursive_mutex> guard(s.mutex);
-  for (const auto& [address, bytes] : s.allocated) std::free(reinterpret_cast<void*>(address));
+  for (const auto& [address, memory] : s.allocated) give_memory_back(memory);
   s.allocated.clear();
   s.registered.clear();
   s.aliases.clear();
@@ -316,6 +264,7 @@ FAKE void fake_reset(int num_devices) {
   s.failures.clear();
   s.launches.clear();
   s.capturing.clear();
+  s.pending.clear();
   s.sticky = 0;
   s.run = nullptr;
   s.quiet = false;
@@ -326,10 +275,23 @@ FAKE void fake_fail(const char* name, int after, int code) {
   state().failures[name] = {after, code};
 }
 FAKE void fake_recover() { state().sticky = 0; }
+// Lets streams do what is in them.
+FAKE void fake_settle() {
+  State& s = state();
+  const std::lock_guard<std::recursive_mutex> guard(s.mutex);
+  settle_all(s);
+}
+// Makes a device current in this thread, as running something on it does; -1: none.
+FAKE void fake_use_device(int device) {
+  contexts.clear();
+  if (device >= 0) contexts.push_back(context_of(device));
+}
 FAKE void fake_capture(std::uintptr_t stream, int status) {
   state().capturing[reinterpret_cast<Stream>(stream)] = status;
 }
 FAKE void fake_quiet() { state().quiet = true; }
+FAKE void fake_full(int full) { g_full = full != 0; }
+FAKE int fake_waiting() { return g_waiting; }
 FAKE void fake_clock(std::uint64_t now) { state().clock = now; }
 FAKE void fake_run(void (*run)(const char*, const std::uint64_t*, unsigned)) { state().run = run; }
 FAKE const char* fake_calls() { return state().calls.c_str(); }
