@@ -148,9 +148,7 @@ def test_sampling_disabling_and_a_lapped_ring(
         np.testing.assert_array_equal(records[name][-tail:], expected[name][-tail:], name)
 
 
-def test_stamps_are_the_hosts_time(
-    make_layer: Callable[..., Layer], place: str, cuda: Any
-) -> None:
+def test_stamps_are_the_hosts_time(make_layer: Callable[..., Layer], place: str, cuda: Any) -> None:
     layer = make_layer(place, 8, 2, "ids")
     ids = np.zeros((4, 2), np.int64)
     before = time.time_ns()
