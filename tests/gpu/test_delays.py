@@ -133,9 +133,11 @@ def wrong_totals(place: str, cuda: Any) -> list[str]:
         wrong.append("counts")
     if layer.passes != repeats * len(expected):
         wrong.append("passes")
-    for name in ("tokens", "assignments", "padded", "invalid", "capacity_dropped"):
-        if getattr(layer, name) != repeats * sum(getattr(each, name) for each in expected):
-            wrong.append(name)
+    wrong += [
+        name
+        for name in ("tokens", "assignments", "padded", "invalid", "capacity_dropped")
+        if getattr(layer, name) != repeats * sum(getattr(each, name) for each in expected)
+    ]
     # Every record by itself too: a late add would be in the next one.
     wanted = {(each.tokens, each.assignments, each.gini_numerator) for each in expected}
     names = ["tokens", "assignments", "gini_numerator"]

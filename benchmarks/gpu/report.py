@@ -1,0 +1,2 @@
+"""placeholder"""
+def as_markdown(content): return ""
