@@ -64,7 +64,8 @@ class Counting:
         self._ones = torch.ones(num_tokens * top_k, dtype=torch.int64, device=place.device)
         self.counts = torch.zeros(num_experts, dtype=torch.int64, device=place.device)
         self._totals = torch.zeros_like(self.counts)
-        self._rank = 2 * torch.arange(num_experts, device=place.device) - num_experts + 1
+        self._experts = torch.arange(num_experts, device=place.device)
+        self._rank = 2 * self._experts - num_experts + 1
         self._statistics = torch.zeros(3, dtype=torch.int64, device=place.device)
         self._words = torch.zeros(1, dtype=torch.int64, device=place.device)
 
@@ -94,7 +95,9 @@ class Counting:
 
     def record_directly(self) -> None:
         """As a probe does in eager mode."""
-        assert ops.direct_ids(next(self._ids), self._site)
+        ids = next(self._ids)
+        if not ops.direct_ids(ids, self._site):
+            ops.route_ids(ids, self._site)
 
     def histc(self) -> torch.Tensor:
         flat = next(self._flat)
@@ -102,7 +105,10 @@ class Counting:
         return torch.histc(ids, self._num_experts, 0, self._num_experts - 1)
 
     def one_hot_sum(self) -> torch.Tensor:
-        return functional.one_hot(next(self._ids), self._num_experts).sum(dim=(0, 1))
+        ids = next(self._ids)
+        if self._place.dry:  # one_hot looks at its argument there, which no graph can hold
+            return (ids.unsqueeze(-1) == self._experts).long().sum(dim=(0, 1))
+        return functional.one_hot(ids, self._num_experts).sum(dim=(0, 1))
 
     def scatter_add_chain(self) -> None:
         """Counts, running totals, largest count and Gini's numerator: what one record holds."""

@@ -142,6 +142,8 @@ class _Capturing(TorchDispatchMode):
     def __init__(self, graph: CUDAGraph) -> None:
         super().__init__()
         self._graph = graph
+        # By address; kept, so that no address comes again.
+        self._made: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(
         self,
@@ -154,13 +156,28 @@ class _Capturing(TorchDispatchMode):
         if func in _SYNCHRONISING:
             raise RuntimeError("operation not permitted when stream is capturing")
         if func._schema.is_mutable:
-            # Captured and not run. What an in-place op returns is its first argument.
+            # Captured and not run, unless what it changes is the capture's own: shapes and indices may
+            # depend on that. What an in-place op returns is its first argument.
             made = args[0] if func._schema.returns else None
+            if isinstance(args[0], torch.Tensor) and self._is_own(args[0]):
+                func(*args, **kwargs)
             self._graph.calls.append((func, args, kwargs, None))
         else:
             made = func(*args, **kwargs)
             self._graph.calls.append((func, args, kwargs, made))
+            storages = [
+                t.untyped_storage() for t in tree_flatten(made)[0] if isinstance(t, torch.Tensor)
+            ]
+            foreign = {
+                t.untyped_storage().data_ptr()
+                for t in tree_flatten((args, kwargs))[0]
+                if isinstance(t, torch.Tensor)
+            }
+            self._made |= {s.data_ptr(): s for s in storages if s.data_ptr() not in foreign}
         return made
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._made
 
 
 def _write_over(made: Any, again: Any) -> None:
