@@ -2,7 +2,8 @@
 
     python benchmarks/gpu/check.py --out results/gpu
     python benchmarks/gpu/check.py --steps build,tests --seconds 300
-    python benchmarks/gpu/check.py --dry            # the same logic on the CPU, with stand-ins
+    python benchmarks/gpu/check.py --dry                            # on the CPU, with stand-ins
+    python benchmarks/gpu/check.py --into docs/overhead.md          # a stored result, into a page
 
 Needs this interpreter's torch, Triton, pytest, pybind11, ninja and setuptools, a C++ compiler, and no network.
 nvcc and compute-sanitizer are used where they are found, transformers for the model. A run that was cut
@@ -25,7 +26,7 @@ if "benchmarks" not in sys.modules:
     _package.__path__ = [str(ROOT / "benchmarks")]
     sys.modules["benchmarks"] = _package
 
-from benchmarks.gpu import runner, steps  # noqa: E402
+from benchmarks.gpu import report, runner, steps  # noqa: E402
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--effort", type=float, default=1.0, help="rounds in units of the usual")
     parser.add_argument("--again", action="store_true", help="forget what earlier runs finished")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with stand-ins, small")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="put gpu-check.json into a page")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--key", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -56,6 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.child:
         return steps.run_child(arguments)
+    if arguments.into is not None:
+        report.put_into(arguments.into, arguments.out / "gpu-check.json")
+        return 0
+    arguments.out, arguments.state = arguments.out.resolve(), arguments.state.resolve()
     os.chdir(ROOT)
     return runner.run(arguments, ROOT)
 

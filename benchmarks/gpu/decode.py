@@ -58,7 +58,9 @@ class FixedCache:
     What transformers asks of a cache in a forward pass with positions and mask given: `update`.
     """
 
-    def __init__(self, config: Any, batch: int, context: int, device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Any, batch: int, context: int, device: str, dtype: torch.dtype
+    ) -> None:
         shape = (batch, config.num_key_value_heads, context, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.randn(shape, device=device, dtype=dtype) for _ in layers]
@@ -175,9 +177,7 @@ def measure(place: Place, model: Any, batch: int, rounds: int) -> dict[str, Any]
     cuda, stream, pool = place.cuda, place.cuda.Stream(), place.cuda.graph_pool_handle()
     step = make_step(place, model, batch)
     experts_by = choose_experts(place, model, step, stream)
-    graphs = {
-        name: capture(place, step, 1, stream, pool) for name in ("bare", "bare again")
-    }
+    graphs = {name: capture(place, step, 1, stream, pool) for name in ("bare", "bare again")}
     attachment = dodoco.attach(model, lanes=2)
     try:
         if attachment.uncovered:

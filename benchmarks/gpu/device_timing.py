@@ -117,5 +117,4 @@ def queued(
     return Timings(seconds)
 
 
-
 def _nothing() -> None: ...

@@ -24,7 +24,10 @@ def main(dry: bool, effort: float, results: Results) -> int:
         except PackageNotFoundError:
             results.put(package, None)
     results.put("dodoco-ext", dodoco_ext.__version__)
-    for tool, pattern in (("nvcc", r"release ([\d.]+)"), ("compute-sanitizer", r"[Vv]ersion ([\d.]+)")):
+    for tool, pattern in (
+        ("nvcc", r"release ([\d.]+)"),
+        ("compute-sanitizer", r"[Vv]ersion ([\d.]+)"),
+    ):
         results.put(tool, _version_of(tool, pattern))
     if not torch.cuda.is_available():
         results.put("gpus", 0)

@@ -84,7 +84,9 @@ STEPS = {
         Step("build", "install into a folder of its own", 240, _build, needed=True),
         _own("machine", "GPU, driver, versions, tools", 90),
         Step("tests", "pytest -m gpu tests/gpu", 540, _tests),
-        Step("memcheck", "compute-sanitizer, out of bounds", 300, partial(sanitizer.run, "memcheck")),
+        Step(
+            "memcheck", "compute-sanitizer, out of bounds", 300, partial(sanitizer.run, "memcheck")
+        ),
         Step("racecheck", "compute-sanitizer, races", 300, partial(sanitizer.run, "racecheck")),
         _own("kernel", "the kernel against other ways to count, in graphs", 420),
         _own("launch", "eager launches: host and GPU time", 120),
