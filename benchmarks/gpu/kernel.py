@@ -32,7 +32,7 @@ def main(dry: bool, effort: float, results: Results) -> int:
         layers = Layers(place)
         try:
             # The sizes that serve first: what time is left goes to the others.
-            for num_tokens in NUM_TOKENS[:3] if dry else NUM_TOKENS:
+            for num_tokens in NUM_TOKENS[1:3] if dry else NUM_TOKENS:
                 for num_experts, top_k in SHAPES[:2] if dry else SHAPES:
                     for skew in SKEWS:
                         name = f"{num_experts} experts, k {top_k}/{num_tokens} tokens/{skew}"

@@ -142,8 +142,9 @@ def publish(out: Path, results: Results, context: Context, environment: dict[str
         "steps": results.values,
         "figures": {name: context.figures(name).values for name in STEPS},
     }
-    machine = content["figures"]["machine"]
-    environment.update({k: v for k, v in machine.items() if isinstance(v, str | int | float)})
+    machine = content["figures"].get("machine", {})
+    told = ("summary", "not there")
+    environment.update({k: v for k, v in machine.items() if k not in told})
     write_whole(out / "gpu-check.json", json.dumps(content, indent=1))
     markdown = report.as_markdown(content)
     write_whole(out / "gpu-check.md", markdown)

@@ -15,6 +15,8 @@ from . import sanitizer
 from .results import Results
 from .step import Context, Outcome, Running, Step
 
+TEST_FILE_LIMIT_S = 300
+
 
 def _own(name: str, what: str, limit_s: float) -> Step:
     """A step that is a module of this folder."""
@@ -52,15 +54,42 @@ def _build(context: Context) -> Running:
 
 
 def _tests(context: Context) -> Running:
-    report = context.state / "tests.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", "-p", "no:cacheprovider"]
-    code = yield [*command, "--timeout=300", f"--junitxml={report}", "tests/gpu"]
+    """Every file in a process of its own: a kernel that fails takes its process with it, and no other."""
+    found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+    figures, status = context.figures("tests"), 0
+    for path in sorted((context.root / "tests" / "gpu").glob("test_*.py")):
+        report = context.state / "tests.xml"
+        report.unlink(missing_ok=True)
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+        ]
+        limit = ["timeout", "-k", "5", str(TEST_FILE_LIMIT_S)]
+        code = yield [*limit, *pytest, "--timeout=200", f"--junitxml={report}", str(path)]
+        status = status or code
+        if not collect(report, found):
+            found["failed"].append(f"{path.name}: ended with {code} and no report")
+        for state, names in found.items():
+            figures.put(state, len(names) if state == "passed" else names)
+    detail = ", ".join(f"{len(names)} {state}" for state, names in found.items())
+    if not status and not found["passed"]:
+        return Outcome("not there", f"{detail}: {found['skipped'][0] if found['skipped'] else ''}")
+    return Outcome("failed" if status or found["failed"] else "passed", detail)
+
+
+def collect(report: Path, found: dict[str, list[str]]) -> bool:
+    """Sorts the tests of a JUnit report by their outcome. False if there is no whole report."""
     try:
         root = xml.etree.ElementTree.parse(report).getroot()
     except (OSError, xml.etree.ElementTree.ParseError):
-        return Outcome("failed", f"no report (exit {code}): see the log")
-    found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
+        return False
     for case in root.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         if (skip := case.find("skipped")) is not None:
@@ -68,14 +97,7 @@ def _tests(context: Context) -> Running:
         else:
             bad = case.find("failure") is not None or case.find("error") is not None
             found["failed" if bad else "passed"].append(name)
-    figures = context.figures("tests")
-    figures.put("passed", len(found["passed"]))
-    figures.put("failed", found["failed"])
-    figures.put("skipped", found["skipped"])
-    detail = ", ".join(f"{len(names)} {state}" for state, names in found.items())
-    if code == 0 and not found["passed"]:
-        return Outcome("not there", f"{detail}: {found['skipped'][0] if found['skipped'] else ''}")
-    return Outcome("failed" if code else "passed", detail)
+    return True
 
 
 STEPS = {

@@ -56,7 +56,18 @@ def cuda() -> Any:
 @pytest.fixture(scope="session")
 def place() -> str:
     """Where models and recordings of these tests are."""
-    return "cpu" if DRY else "cuda:0"
+    if not DRY:
+        return "cuda:0"
+    import torch
+
+    torch.set_num_threads(1)
+    return "cpu"
+
+
+@pytest.fixture(scope="session")
+def often() -> int:
+    """Repetitions of what must be repeated often to mean something; dry, it means nothing."""
+    return 40 if DRY else 1000
 
 
 @pytest.fixture

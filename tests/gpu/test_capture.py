@@ -15,7 +15,6 @@ from toy import ToyModel, assert_recorded, some_tokens
 
 pytestmark = pytest.mark.gpu
 
-REPLAYS = 1000
 Capture = Callable[..., Any]
 
 
@@ -38,19 +37,21 @@ def captured(place: str) -> Captured:
     return Captured(place)
 
 
-def test_a_thousand_replays_count_exactly(captured: Captured, cuda: Any, capture: Capture) -> None:
+def test_a_thousand_replays_count_exactly(
+    captured: Captured, cuda: Any, capture: Capture, often: int
+) -> None:
     with dodoco.attach(captured.model) as a:
         with a.paused():
             graph = capture(captured.run, cuda.Stream())
         passes = []
-        for number in range(REPLAYS):
+        for number in range(often):
             passes.append(some_tokens((2, 9), seed=number % 50))
             captured.tokens.copy_(passes[-1])
             graph.replay()
         cuda.synchronize()
         assert_recorded(a, captured.twin, passes)
         records = a.reader.records()
-        assert len(records) == REPLAYS * len(captured.model.layers)
+        assert len(records) == often * len(captured.model.layers)
         assert a.reader.header["num_faults"] == 0
 
 

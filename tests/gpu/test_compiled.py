@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_every_call_of_a_compiled_model_counts_once(place: str, cuda: Any, mode: str) -> None:
+    if place == "cpu" and mode != "default":
+        pytest.skip("the CPU has no graphs: one mode says it all")
     twin, model = ToyModel(num_layers=2), ToyModel(num_layers=2).to(place).eval()
     with dodoco.attach(model, lanes=4) as a, torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, mode=mode)

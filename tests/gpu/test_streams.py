@@ -16,11 +16,11 @@ from toy import ToyModel, assert_recorded, some_tokens
 
 pytestmark = pytest.mark.gpu
 
-E, K, PASSES = 64, 6, 400
+E, K = 64, 6
 
 
 @pytest.mark.parametrize("num_streams", [2, 4])
-def test_streams_at_once_lose_nothing(place: str, cuda: Any, num_streams: int) -> None:
+def test_streams_at_once_lose_nothing(place: str, cuda: Any, num_streams: int, often: int) -> None:
     layers = [LayerSpec("first", E, K), LayerSpec("second", E, K)]
     recorder = Recorder(layers, devices=[place], forms=["ids"], lanes=num_streams)
     sites = [ops.make_site(recorder, layer, place) for layer in range(2)]
@@ -33,30 +33,32 @@ def test_streams_at_once_lose_nothing(place: str, cuda: Any, num_streams: int) -
     there = [[ids.to(place) for ids in each] for each in passes]
     streams = [cuda.Stream() for _ in range(num_streams)]
     cuda.synchronize()
-    for number in range(PASSES):
+    for number in range(often):
         for stream, ids in zip(streams, there, strict=True):
             with cuda.stream(stream):
                 for site in sites:
                     ops.route_ids(ids[number % 4], site)
     cuda.synchronize()
     expected = [reference.route_ids(ids.numpy(), E) for each in passes for ids in each]
-    counts = sum(each.counts for each in expected) * (PASSES // 4)
+    counts = sum(each.counts for each in expected) * (often // 4)
     reader = Reader(recorder.path)
     for layer in reader.snapshot().layers:
         np.testing.assert_array_equal(layer.counts, counts)
-        assert layer.passes == PASSES * num_streams
+        assert layer.passes == often * num_streams
     if place != "cpu":
         records = reader.records()
         lanes, number = np.unique(records["lane"], return_counts=True)
         assert lanes.tolist() == list(range(num_streams)), "a lane for each stream"
-        assert number.tolist() == [2 * PASSES] * num_streams
+        assert number.tolist() == [2 * often] * num_streams
     assert reader.header["num_faults"] == 0
     recorder.close()
     for site in sites:
         ops.release_site(site.data_ptr())
 
 
-def test_graphs_of_two_streams_replayed_at_once(place: str, cuda: Any, capture: Any) -> None:
+def test_graphs_of_two_streams_replayed_at_once(
+    place: str, cuda: Any, capture: Any, often: int
+) -> None:
     twin, model = ToyModel(), ToyModel().to(place).eval()
     tokens = [some_tokens((2, 9), seed=seed) for seed in (1, 2)]
     there = [each.to(place) for each in tokens]
@@ -68,17 +70,17 @@ def test_graphs_of_two_streams_replayed_at_once(place: str, cuda: Any, capture: 
                 for each, stream in zip(there, streams, strict=True)
             ]
         cuda.synchronize()
-        for _ in range(300):
+        for _ in range(often):
             for graph, stream in zip(graphs, streams, strict=True):
                 with cuda.stream(stream):
                     graph.replay()
         cuda.synchronize()
-        assert_recorded(a, twin, [tokens[0]] * 300 + [tokens[1]] * 300)
+        assert_recorded(a, twin, [tokens[0]] * often + [tokens[1]] * often)
         for lane in range(2) if place != "cpu" else ():
             records = a.reader.records()
             iterations = records["iteration"][records["lane"] == lane]
-            assert len(iterations) == 300 * len(model.layers)
-            assert len(set(iterations.tolist())) == 300
+            assert len(iterations) == often * len(model.layers)
+            assert len(set(iterations.tolist())) == often
 
 
 def test_a_stream_beyond_the_lanes_is_a_fault_and_the_model_runs_on(
