@@ -379,6 +379,10 @@ def test_the_kernels_to_compare_with_count_and_compile(tmp_path: Path) -> None:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert "red" in compiled.asm["ptx"] or "atom" in compiled.asm["ptx"]
+    empty = triton.compile(
+        ASTSource(kernels.nothing, {"words": "*i64"}), target=GPUTarget("cuda", 90, 32)
+    )
+    assert "st.global" not in empty.asm["ptx"]
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -536,3 +540,33 @@ def test_what_waits_is_refused_while_capturing_and_in_debug_mode() -> None:
     finally:
         stand_in.set_sync_debug_mode("default")
     assert torch.ones(1).item() == 1
+
+
+STAND_INS = {
+    *("current_stream", "stream", "device", "device_count", "synchronize", "_sleep", "graph"),
+    *("graph_pool_handle", "memory_stats", "mem_get_info", "empty_cache", "set_sync_debug_mode"),
+    *("Stream", "Event", "CUDAGraph"),
+}
+
+
+def test_the_stand_in_is_called_as_torch_cuda_is() -> None:
+    import inspect
+
+    import torch
+
+    stand_in = gpu_check.load("stand_in")
+    used = set[str]()
+    for folder in ("benchmarks/gpu", "tests/gpu"):
+        for path in (gpu_check.ROOT / folder).glob("*.py"):
+            used |= set(re.findall(r"\bcuda\.(\w+)\(", path.read_text()))
+    # What is asked for before the stand-in is chosen, or of a GPU that must be there.
+    used -= {"is_available", "get_device_properties", "set_device"}
+    assert used <= STAND_INS, "each is imitated, and compared with torch below"
+    for name in STAND_INS:
+        ours, theirs = getattr(stand_in, name), getattr(torch.cuda, name)
+        if inspect.isclass(ours):
+            for method in set(vars(ours)) - {"__module__", "__doc__", "__dict__", "__weakref__"}:
+                assert method in ("calls", "cuda_stream") or hasattr(theirs, method), method
+        else:
+            names = list(inspect.signature(ours).parameters)
+            assert names == list(inspect.signature(theirs).parameters)[: len(names)], name

@@ -47,7 +47,7 @@ DRY_SHAPES = SHAPES | {
 MAX_LAYERS = 48
 BATCHES, DRY_BATCHES = (1, 32, 128), (1, 4)
 CONTEXT = 512  # tokens in the cache
-RESERVED_BYTES = 8 << 30  # for caches, graphs and activations
+RESERVED_BYTES = 12 << 30  # for caches, graphs and activations
 ROUNDS, REPLAYS = 80, 4
 EXPERTS_BY = ("grouped_mm", "batched_mm")
 
@@ -118,6 +118,7 @@ def main(dry: bool, effort: float, results: Results) -> int:
         with recordings_in_memory():
             for batch in batches:
                 results.put(f"batch {batch}", measure(place, model, batch, rounds))
+                place.cuda.empty_cache()  # the next batch needs other sizes
                 print(f"batch {batch}", flush=True)
     cells = [results.values[f"batch {batch}"] for batch in wanted]
     results.put(

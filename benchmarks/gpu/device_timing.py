@@ -16,10 +16,11 @@ from benchmarks.interleave import Timings
 from .place import Place
 
 WARM_UPS = 3
-# So many clock cycles (a few hundred microseconds) let the host get ahead of the device.
+# So many clock cycles (a few hundred microseconds) let the host get ahead of the device by some graphs,
 HEAD_START_CYCLES = 600_000
-# Kernels in flight before the driver makes the host wait are about a thousand.
-MAX_QUEUED = 400
+# and so many (some 15 ms) by MAX_QUEUED calls of several kernels each. The driver makes the host wait
+# when about a thousand kernels are in flight.
+QUEUE_CYCLES, MAX_QUEUED = 30_000_000, 60
 
 
 def capture(
@@ -101,12 +102,11 @@ def queued(
     names = list(contestants)
     seconds = {name: np.empty(rounds) for name in names}
     order = np.random.default_rng(0)
-    pause = HEAD_START_CYCLES * 10
     for number in range(rounds):
         for name in order.permutation(names):
             run = contestants[name]
             cuda.synchronize()
-            cuda._sleep(pause)
+            cuda._sleep(QUEUE_CYCLES)
             begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(calls):

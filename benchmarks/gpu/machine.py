@@ -18,6 +18,7 @@ def main(dry: bool, effort: float, results: Results) -> int:
 
     import dodoco_ext
 
+    results.forget("not there")
     for package in PACKAGES:
         try:
             results.put(package, version(package))

@@ -63,14 +63,17 @@ def run(arguments: argparse.Namespace, root: Path) -> int:
             results.put(name, outcome.as_dict())
             print(f"{name}: {outcome.state} ({outcome.seconds:.0f} s) {outcome.detail}", flush=True)
             publish(arguments.out, results, context, environment)
-            if step.needed and outcome.state == "failed":
+            if step.needed and outcome.state != "passed":
                 print("the other steps need this one", flush=True)
                 break
     finally:
         markdown = publish(arguments.out, results, context, environment)
     print(markdown)
-    wanted = [results.values.get(name, {"state": "not run"}) for name in arguments.steps.split(",")]
-    return 0 if all(each["state"] in ("passed", "not there") for each in wanted) else 1
+    for name in arguments.steps.split(","):
+        state = results.values.get(name, {"state": "not run"})["state"]
+        if state != "passed" and (STEPS[name].needed or state != "not there"):
+            return 1
+    return 0
 
 
 def digest(root: Path) -> str:
@@ -155,6 +158,8 @@ def publish(out: Path, results: Results, context: Context, environment: dict[str
             data = path.read_bytes()[-LOG_TAIL_BYTES:]
             logs.append(f"==== {name} ====\n{data.decode(errors='replace')}")
     # Paths of the machine are nobody's business in a file that is shared.
-    text = "\n".join(logs).replace(str(context.root), ".").replace(sys.prefix, "(python)")
+    text = "\n".join(logs)
+    for place, name in ((context.state, "(state)"), (context.root, "."), (sys.prefix, "(python)")):
+        text = text.replace(str(place), name)
     write_whole(out / "gpu-check.log", text)
     return markdown

@@ -60,12 +60,12 @@ def current_stream(device: object = None) -> Stream:
 
 
 @contextmanager
-def stream(other: Stream | None) -> Iterator[None]:
+def stream(stream: Stream | None) -> Iterator[None]:
     yield
 
 
 @contextmanager
-def device(index: object) -> Iterator[None]:
+def device(device: object) -> Iterator[None]:
     yield
 
 
@@ -113,13 +113,13 @@ class _Refusing(TorchDispatchMode):
 _refusing: list[_Refusing] = []
 
 
-def set_sync_debug_mode(mode: str | int) -> None:
+def set_sync_debug_mode(debug_mode: str | int) -> None:
     """`error`: what waits for the device raises."""
-    assert mode in ("error", "default", 0, 2), mode
-    if mode in ("error", 2) and not _refusing:
+    assert debug_mode in ("error", "default"), debug_mode
+    if debug_mode == "error" and not _refusing:
         _refusing.append(_Refusing())
         _refusing[-1].__enter__()
-    elif mode in ("default", 0) and _refusing:
+    elif debug_mode == "default" and _refusing:
         _refusing.pop().__exit__(None, None, None)
 
 
@@ -190,7 +190,7 @@ def _write_over(made: Any, again: Any) -> None:
 
 @contextmanager
 def graph(
-    cuda_graph: CUDAGraph, pool: object = None, stream: Stream | None = None, **options: object
+    cuda_graph: CUDAGraph, pool: object = None, stream: Stream | None = None
 ) -> Iterator[None]:
     """Captures what is called inside."""
     with _Capturing(cuda_graph):

@@ -18,7 +18,7 @@ from .step import Context, Outcome, Running, Step
 TEST_FILE_LIMIT_S = 300
 
 
-def _own(name: str, what: str, limit_s: float) -> Step:
+def _own(name: str, what: str, limit_s: float, *, needed: bool = False) -> Step:
     """A step that is a module of this folder."""
 
     def run(context: Context) -> Running:
@@ -32,7 +32,7 @@ def _own(name: str, what: str, limit_s: float) -> Step:
             return Outcome("not there", str(missing))
         return Outcome("passed", str(values.get("summary", f"{len(values)} results")))
 
-    return Step(name, what, limit_s, run)
+    return Step(name, what, limit_s, run, needed)
 
 
 def _build(context: Context) -> Running:
@@ -104,7 +104,7 @@ STEPS = {
     step.name: step
     for step in (
         Step("build", "install into a folder of its own", 240, _build, needed=True),
-        _own("machine", "GPU, driver, versions, tools", 90),
+        _own("machine", "GPU, driver, versions, tools", 90, needed=True),
         Step("tests", "pytest -m gpu tests/gpu", 540, _tests),
         Step(
             "memcheck", "compute-sanitizer, out of bounds", 300, partial(sanitizer.run, "memcheck")
