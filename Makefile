@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo test check list-checks engines mutants bench bench-record sanitize fuzz wheel pythons clean \
+.PHONY: help demo test check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -82,6 +82,11 @@ bench: $(STAMPS)/package $(STAMPS)/dev ## benchmarks; fails beyond the limits
 
 bench-record: $(STAMPS)/package $(STAMPS)/dev ## benchmarks as CI runs them: records, tolerates noise
 	$(BIN)/pytest --benchmark --benchmark-results $(BENCH_RESULTS) benchmarks
+
+# The interpreter as it is, with its own torch and Triton: on a machine with a GPU there may be no network.
+# Not part of `make check`: without a GPU there is nothing to measure. GPU_CHECK=--dry runs its logic here.
+gpu-check: ## on a machine with a GPU: build, GPU tests, compute-sanitizer, benchmarks, into OUT=results/gpu
+	$(PYTHON) benchmarks/gpu/check.py --out $${OUT:-results/gpu} $(GPU_CHECK)
 
 # C++ programs of tests/cpp, linked with every file of csrc that is free of Python.
 CORE := $(shell grep -L pybind11 $(filter-out csrc/module.cpp csrc/bind_%,$(wildcard csrc/*.cpp)) /dev/null | grep -v /dev/null)
