@@ -147,12 +147,12 @@ void DeviceLanes::calibrate_clock(const std::string& name, const std::string& co
                 "cuLaunchKernel");
     finish_own_stream();
     const std::uint64_t after = monotonic_ns();
-    std::uint64_t clock = 0;
-    cuda::check(driver_.copy_to_host(&clock, out, sizeof(clock), own_stream_), "cuMemcpyDtoHAsync");
+    cuda::check(driver_.copy_to_host(&clock_, out, sizeof(clock_), own_stream_),
+                "cuMemcpyDtoHAsync");
     finish_own_stream();
     if (after - before >= shortest) continue;
     shortest = after - before;
-    offset = static_cast<std::int64_t>(before + (after - before) / 2 - clock);
+    offset = static_cast<std::int64_t>(before + (after - before) / 2 - clock_);
   }
   for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
     write_words(lane_address(lane) + offsetof(ControlBlock, clock_offset_ns), &offset, 2,

@@ -154,6 +154,7 @@ class DeviceLanes {
   DeviceArena places_;
   cuda::Address arena_ = 0, file_ = 0;
   cuda::Stream own_stream_ = nullptr;  // for what nobody launched: waits for no work of the host's
+  std::uint64_t clock_ = 0;            // as last read; where a copy under way may still store it
   std::vector<Layer> layers_;
   std::vector<std::uint64_t> boards_;  // of each lane: where in the file
   std::array<LaneSettings, kMaxLanes> settings_;
