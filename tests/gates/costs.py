@@ -73,7 +73,9 @@ def cost_of(of: Compiled) -> Cost:
     if registers is None:
         raise ValueError(f"{of}: the listing names no registers")
     loops = code.count("Loop Header")
-    return Cost(int(registers[1]), of.shared_bytes, len(names), names.count("s_barrier"), loops, 0)
+    return Cost(
+        int(registers[1]), of.shared_bytes, len(names), names.count("s_barrier"), loops, 0, 0
+    )
 
 
 def over_limit(of: Compiled, limits: Limits) -> list[str]:
