@@ -18,6 +18,8 @@ from gates import GATES
 # Triton 3.9 has a barrier of its own before a ticket, so that no kernel can be without one.
 TRITON = "3.8.0"
 SHAPE = (128, 8)
+# Of several warps also where it runs alone.
+WIDE = (512, 10)
 TARGET = "sm_90"
 
 
@@ -35,6 +37,7 @@ class Mutant:
     path: str = "alone"
     file: str = "route_stats.py"
     also: tuple[str, str] | None = None
+    shape: tuple[int, int] = SHAPE
 
 
 TICKET = 'ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")'
@@ -78,11 +81,11 @@ MUTANTS = [
     Mutant(
         "draws its ticket before all warps have added",
         "ticket",
-        f"{BARRIER}\n                    {TICKET}",
+        f"{BARRIER}\n                {TICKET}",
         TICKET,
         "shared",
         # There, because shared memory that is used again may ask for one before the ticket, too.
-        also=(FIRST_ADD, f"{BARRIER}\n                    {FIRST_ADD}"),
+        also=(FIRST_ADD, f"{BARRIER}\n                {FIRST_ADD}"),
     ),
     Mutant(
         "draws its ticket without a fence",
@@ -102,34 +105,36 @@ MUTANTS = [
         "draws no ticket where it has no rows",
         "ticket",
         TICKET,
-        "ticket = tl.zeros([], tl.int32)\n                    if first_row < real_rows:\n"
-        f"                        {TICKET}",
+        "ticket = tl.zeros([], tl.int32)\n                if first_row < real_rows:\n"
+        f"                    {TICKET}",
         "shared",
     ),
     Mutant(
         "adds to the scratch though it runs alone",
         "ticket",
-        "                if last:\n                    if SHARED:",
-        "                tl.atomic_add(scratch, tokens, sem='relaxed')\n"
-        "                if last:\n                    if SHARED:",
+        "            last = True\n",
+        "            last = True\n"
+        "            tl.atomic_add(_narrow_words(tl.load(control + 8)), tokens, sem='relaxed')\n",
     ),
     Mutant(
-        "stores totals while warps load them",
+        "looks up a bin when it adds to it",
         "state",
-        f"# What follows stores: no warp may still have to load.\n    {BARRIER}",
-        "",
+        "tl.store(totals + gini_row, old_gini + 1, mask=in_gini)",
+        "tl.store(totals + gini_row, tl.load(totals + gini_row) + 1, mask=in_gini)",
+        shape=WIDE,
     ),
     Mutant(
         "looks up the head when it needs it",
         "state",
         "lap = head.to(tl.uint64)",
         "head = tl.load(state + 2)\n            lap = head.to(tl.uint64)",
+        shape=WIDE,
     ),
     Mutant(
         "sorts where few experts were chosen",
         "cost",
-        "if not SHARED or BLOCK_E == 32:",
-        "if BLOCK_E == 32:",
+        "E, BLOCK_E, SHARED, CLOCK,",
+        "E, BLOCK_E, True, CLOCK,",
     ),
     Mutant(
         "waits once more",
@@ -160,7 +165,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         Task(
             TRITON,
             mutated(mutant, folder / f"package{number}"),
-            (Wanted(*SHAPE, paths=(mutant.path,), targets=(TARGET,)),),
+            (Wanted(*mutant.shape, paths=(mutant.path,), targets=(TARGET,)),),
         )
         for number, mutant in enumerate(MUTANTS)
     ]
