@@ -31,7 +31,6 @@ Registry& registry() {
     // A child of fork() has no driver: nothing there may call it, nor wait for a lock held here.
     pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
                    [] {
-                     for (auto& slot : g_open) slot.store(nullptr, std::memory_order_relaxed);
                      for (DeviceLanes* lanes : registry().made) lanes->abandon();
                      registry().mutex.unlock();
                    });

@@ -126,14 +126,16 @@ class FakeCuda:
         """What the device's clock shows."""
         self._library.fake_clock(now)
 
-    def run_with(self, run: Callable[[str, list[int], int], None]) -> None:
-        """Hands launched kernels to `run(name, arguments, programs)`."""
+    def run_with(
+        self, run: Callable[[str, list[int], int], None], *, at_once: bool = False
+    ) -> None:
+        """Hands launched kernels to `run(name, arguments, programs)`, when their stream settles."""
 
         def call(name: bytes, arguments: ctypes._Pointer[ctypes.c_uint64], programs: int) -> None:
             run(name.decode(), [arguments[i] for i in range(13)], programs)
 
         self._run = _RUN(call)
-        self._library.fake_run(self._run)
+        self._library.fake_run(self._run, int(at_once))
 
     def calls(self) -> list[str]:
         """Names of all calls since the last reset, in order."""

@@ -87,7 +87,7 @@ def exchange(
     tensor_type: type = Tensor,
     body: Callable[[Any, Any], None] = lambda tensor, site: None,
     fault: Callable[[int, Any, Any], None] | None = None,
-    in_backward: bool = False,
+    graph_task: Callable[[], int] = lambda: -1,
 ) -> Iterator[Faults]:
     """Lets C++ read tensors through `describe`. `stream`: the current one; None: not to be had."""
 
@@ -109,7 +109,7 @@ def exchange(
     )
     capsule = new(ctypes.addressof(api), NAME, None)
     assert _C.use_torch(
-        capsule, tensor_type, lambda: 5 if in_backward else -1, lambda: 0, body, body, body,
+        capsule, tensor_type, graph_task, lambda: 0, body, body, body,
         fault or faults.report,
     )  # fmt: skip
     try:

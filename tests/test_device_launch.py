@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,6 +226,13 @@ def test_a_stream_keeps_its_lane_until_a_thread_chooses_it_for_another(
         assert on.launch_ids(stream=6) == NO_LANE
 
 
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, "never came to be"
+        time.sleep(0.001)
+
+
 def test_threads_launch_at_the_same_time(tmp_path: Path, cuda: FakeCuda) -> None:
     """Each in its own stream and lane; none is lost, and none waits for the interpreter lock."""
     with OnDevice(tmp_path, cuda, lanes=4) as on:
@@ -251,8 +259,7 @@ def test_what_a_full_stream_waits_for_may_need_the_interpreter_lock(
     with OnDevice(tmp_path, cuda) as on, ThreadPoolExecutor(1) as pool:
         with cuda.full():
             launched = pool.submit(on.launch_ids)
-            while not cuda.waiting():
-                time.sleep(0.001)
+            until(lambda: cuda.waiting() > 0)
         # Here before the driver gave up: that thread had let go of the lock.
         assert launched.result() == RECORDED
 
@@ -261,11 +268,9 @@ def test_closing_lets_what_is_being_launched_end_first(tmp_path: Path, cuda: Fak
     with OnDevice(tmp_path, cuda) as on, ThreadPoolExecutor(2) as pool:
         with cuda.full():
             launched = pool.submit(on.launch_ids)
-            while not cuda.waiting():
-                time.sleep(0.001)
+            until(lambda: cuda.waiting() > 0)
             closed = pool.submit(on.lanes.close)
-            while not on.lanes.closed:
-                time.sleep(0.001)
+            until(lambda: on.lanes.closed)
             assert on.launch_ids() == IGNORED, "refused from now on"
             assert not closed.done()
         assert launched.result() == RECORDED

@@ -78,7 +78,7 @@ def test_maps_are_launched(
 
 
 def test_a_pass_inside_backward_is_a_recomputed_one(on: OnDevice, cuda: FakeCuda) -> None:
-    with exchange(in_backward=True):
+    with exchange(graph_task=lambda: 5):
         _C.op_ids(some_ids(), site_of(on))
     assert cuda.launches()[0].recomputed == 1
 
@@ -133,8 +133,8 @@ def test_what_is_not_plain_is_left_to_python(
 def test_a_moved_model_is_reported(
     on: OnDevice, cuda: FakeCuda, of_ids: dict[str, int], of_site: dict[str, int]
 ) -> None:
-    """Both addresses are none of this process: looked into, they would end it."""
-    site = Tensor(0x9000, (8,), (1,), **of_site)
+    """The ids' address is none of this process: looked into, it would end it."""
+    site = site_of(on, **of_site)
     with exchange() as faults, cuda.calls_made() as calls:
         _C.op_ids(some_ids(**of_ids), site)
         assert _C.direct_map(Tensor(0x7000, (5, 8), (8, 1), UNSIGNED, 8, **of_ids), site) is True

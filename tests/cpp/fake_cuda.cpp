@@ -202,6 +202,7 @@ FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, 
   if (s.run != nullptr) {
     s.pending[stream].push_back(
         [&s, launch] { s.run(launch.name.c_str(), launch.arguments, launch.programs); });
+    if (s.at_once) settle(s, stream);
   }
   return 0;
 }
@@ -293,7 +294,11 @@ FAKE void fake_quiet() { state().quiet = true; }
 FAKE void fake_full(int full) { g_full = full != 0; }
 FAKE int fake_waiting() { return g_waiting; }
 FAKE void fake_clock(std::uint64_t now) { state().clock = now; }
-FAKE void fake_run(void (*run)(const char*, const std::uint64_t*, unsigned)) { state().run = run; }
+// `at_once`: at the launch, with what its stream holds before it.
+FAKE void fake_run(void (*run)(const char*, const std::uint64_t*, unsigned), int at_once) {
+  state().run = run;
+  state().at_once = at_once != 0;
+}
 FAKE const char* fake_calls() { return state().calls.c_str(); }
 FAKE int fake_num_launches() { return static_cast<int>(state().launches.size()); }
 // Programs, threads, shared bytes and stream, then the arguments.

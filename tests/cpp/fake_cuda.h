@@ -53,6 +53,7 @@ struct State {
   std::vector<Launch> launches;
   bool quiet = false;  // launches only return: for timing what comes before them
   void (*run)(const char* name, const std::uint64_t* arguments, unsigned programs) = nullptr;
+  bool at_once = false;
   std::uint64_t clock = 0;
   std::uintptr_t next = 0x1000;
 };
