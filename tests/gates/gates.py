@@ -174,9 +174,10 @@ def state_in_order(of: Compiled) -> list[str]:
     """What one pass leaves for the next is read before a barrier and stored after it.
 
     Each warp reads for itself and one thread stores: without a barrier in between, a late warp
-    finds the next pass's head and writes its part of the record into the next slot.
+    finds the next pass's head and writes its part of the record into the next slot. One warp
+    alone cannot be late: its threads read and store in the order of the program.
     """
-    if not of.is_cuda:
+    if not of.is_cuda or of.num_warps == 1:
         return []
     return [line for name in _KEPT[of.path] for line in _stored_early(of, name)]
 

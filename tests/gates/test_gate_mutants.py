@@ -6,6 +6,7 @@ the real one is. Its cost is looked at only where the cost is the fault: what a 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,17 @@ from gates import GATES
 
 # Triton 3.9 has a barrier of its own before a ticket, so that no kernel can be without one.
 TRITON = "3.8.0"
-SHAPE = (128, 8)
-# Of several warps also where it runs alone.
-WIDE = (512, 10)
+# Several warps in either path: one warp alone needs no barrier.
+SHAPE = (256, 8)
 TARGET = "sm_90"
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old` becomes `new`, once, in one file of `triton_kernels/`; `gate` finds it.
+    """One fault in one file of `triton_kernels/`; `gate` finds it.
 
-    `also` is a further such pair.
+    `old`, which begins a line, becomes `new`; `also` is a further such pair. They are written without the
+    indentation that they have in the file.
     """
 
     name: str
@@ -37,12 +38,16 @@ class Mutant:
     path: str = "alone"
     file: str = "route_stats.py"
     also: tuple[str, str] | None = None
-    shape: tuple[int, int] = SHAPE
 
 
 TICKET = 'ticket = tl.atomic_add(scratch, 1, sem="acq_rel", scope="gpu")'
 FIRST_ADD = "tl.atomic_add(scratch + met"
+STEP = "iteration += (layer"
 BARRIER = "tl.debug_barrier()"
+SYSTEM_FENCE = (
+    "tl.inline_asm_elementwise("
+    "'fence.acq_rel.sys; mov.u32 $0, 0;', '=r', [], tl.int32, is_pure=False, pack=1)"
+)
 
 MUTANTS = [
     Mutant(
@@ -63,8 +68,7 @@ MUTANTS = [
         "fences the system behind a record",
         "system-fence",
         "tl.store(_words(ring), head + 1)",
-        "tl.store(_words(ring), head + 1)\n            tl.inline_asm_elementwise("
-        "'fence.acq_rel.sys; mov.u32 $0, 0;', '=r', [], tl.int32, is_pure=False, pack=1)",
+        f"tl.store(_words(ring), head + 1)\n{SYSTEM_FENCE}",
     ),
     Mutant(
         "divides in floating point",
@@ -81,11 +85,11 @@ MUTANTS = [
     Mutant(
         "draws its ticket before all warps have added",
         "ticket",
-        f"{BARRIER}\n                {TICKET}",
+        f"{BARRIER}\n{TICKET}",
         TICKET,
         "shared",
         # There, because shared memory that is used again may ask for one before the ticket, too.
-        also=(FIRST_ADD, f"{BARRIER}\n                {FIRST_ADD}"),
+        also=(FIRST_ADD, f"{BARRIER}\n{FIRST_ADD}"),
     ),
     Mutant(
         "draws its ticket without a fence",
@@ -105,54 +109,56 @@ MUTANTS = [
         "draws no ticket where it has no rows",
         "ticket",
         TICKET,
-        "ticket = tl.zeros([], tl.int32)\n                if first_row < real_rows:\n"
-        f"                    {TICKET}",
+        f"ticket = tl.zeros([], tl.int32)\nif first_row < real_rows:\n    {TICKET}",
         "shared",
     ),
     Mutant(
-        "adds to the scratch though it runs alone",
+        "adds atomically though it runs alone",
         "ticket",
-        "            last = True\n",
-        "            last = True\n"
-        "            tl.atomic_add(_narrow_words(tl.load(control + 8)), tokens, sem='relaxed')\n",
+        STEP,
+        f"tl.atomic_add(totals + 15, 1, sem='relaxed')\n{STEP}",
     ),
     Mutant(
-        "looks up a bin when it adds to it",
+        "stores totals while warps load them",
         "state",
-        "tl.store(totals + gini_row, old_gini + 1, mask=in_gini)",
-        "tl.store(totals + gini_row, tl.load(totals + gini_row) + 1, mask=in_gini)",
-        shape=WIDE,
+        f"# What follows stores: no warp may still have to load.\n{BARRIER}",
+        "",
     ),
     Mutant(
         "looks up the head when it needs it",
         "state",
         "lap = head.to(tl.uint64)",
-        "head = tl.load(state + 2)\n            lap = head.to(tl.uint64)",
-        shape=WIDE,
+        "head = tl.load(state + 2)\nlap = head.to(tl.uint64)",
     ),
     Mutant(
-        "sorts where few experts were chosen",
+        "sorts counts without need",
         "cost",
-        "E, BLOCK_E, SHARED, CLOCK,",
-        "E, BLOCK_E, True, CLOCK,",
+        STEP,
+        f"iteration += (tl.sum(tl.sort(counts)) >> 31).to(tl.int64)\n{STEP}",
     ),
-    Mutant(
-        "waits once more",
-        "cost",
-        "iteration += (layer",
-        f"{BARRIER}\n    iteration += (layer",
-    ),
+    Mutant("waits once more", "cost", STEP, f"{BARRIER}\n{STEP}"),
 ]
+
+
+def replaced(text: str, old: str, new: str, file: str) -> str:
+    """The text with one replacement, whose lines are indented as the first one that is replaced."""
+    pattern = "^( *)" + r"\n *".join(re.escape(line) for line in old.splitlines())
+    found = len(re.findall(pattern, text, re.M))
+    assert found == 1, f"{file} holds {found} times {old!r}: adapt this mutant"
+    return re.sub(
+        pattern,
+        lambda match: "\n".join(match[1] + line for line in new.splitlines()),
+        text,
+        flags=re.M,
+    )
 
 
 def mutated(mutant: Mutant, folder: Path) -> Path:
     package = copy_package(folder)
     source = package / "dodoco_ext" / "triton_kernels" / mutant.file
-    text = source.read_text()
-    for old, new in [(mutant.old, mutant.new), *([mutant.also] if mutant.also else [])]:
-        found = text.count(old)
-        assert found == 1, f"{mutant.file} holds {found} times {old!r}: adapt this mutant"
-        text = text.replace(old, new)
+    text = replaced(source.read_text(), mutant.old, mutant.new, mutant.file)
+    if mutant.also:
+        text = replaced(text, *mutant.also, mutant.file)
     source.write_text(text)
     return package
 
@@ -165,7 +171,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compiled]:
         Task(
             TRITON,
             mutated(mutant, folder / f"package{number}"),
-            (Wanted(*mutant.shape, paths=(mutant.path,), targets=(TARGET,)),),
+            (Wanted(*SHAPE, paths=(mutant.path,), targets=(TARGET,)),),
         )
         for number, mutant in enumerate(MUTANTS)
     ]
