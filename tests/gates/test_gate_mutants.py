@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "divides in floating point",
         "approximation",
-        "gini = numerator * _BINS >= lane.to(tl.int64) * (mass * E)",
-        "gini = numerator.to(tl.float32) * _BINS / (mass * E).to(tl.float32) >= lane",
+        "lap = head.to(tl.uint64)",
+        "lap = (head.to(tl.float32) / 3).to(tl.uint64)",
     ),
     Mutant(
         "divides integers",
