@@ -17,12 +17,13 @@ from dodoco_ext.recorder import Recorder
 log = logging.getLogger("dodoco")
 
 _ID_BYTES = {torch.int16: 2, torch.int32: 4, torch.int64: 8}
+_COPIED, _NO_LANE = -1, -5
 _FAULTS = {
-    -1: _C.Fault.COPIED_SITE,
+    _COPIED: _C.Fault.COPIED_SITE,
     -2: _C.Fault.BAD_SHAPE,
     -3: _C.Fault.TOO_LARGE,
     -4: _C.Fault.INTERNAL,
-    -5: _C.Fault.NO_LANE,
+    _NO_LANE: _C.Fault.NO_LANE,
     -6: _C.Fault.DEVICE_ERROR,
 }
 # Faults of one call: the probe stays on.
@@ -101,18 +102,18 @@ def _refused(result: int, tensor: torch.Tensor, site: torch.Tensor) -> None:
     detail = (
         f"{tensor.dtype} of shape {list(tensor.shape)} cannot be recorded; this probe is now off"
     )
-    if result == -1 and tensor.device.type != site.device.type:
+    if result == _COPIED and tensor.device != site.device:
         detail = (
-            f"the router is on {tensor.device} now, and was on {site.device.type} when it was attached "
+            f"the router is on {tensor.device} now, and was on {site.device} when it was attached "
             "to: attach() after moving the model"
         )
-    elif result == -1:
+    elif result == _COPIED:
         detail = (
             "a copy of the site arrived, so nothing was recorded: either the model was copied "
             "(attach to the copy), or a compiler backend clones what an op may change (use "
             "inductor or eager)"
         )
-    elif result == -5:
+    elif result == _NO_LANE:
         detail = (
             "more streams run the model than there are lanes, so this pass was not recorded: "
             "attach(model, lanes=N) with as many lanes as streams"
@@ -135,6 +136,9 @@ def _route_ids(ids: torch.Tensor, site: torch.Tensor) -> None:
             f"expert ids of dtype {ids.dtype}; int16, int32 or int64 are recorded",
         )
         return
+    if site.device != ids.device:
+        _refused(_COPIED, ids, site)
+        return
     rows, k = ids.shape
     row_stride, slot_stride = ids.stride()
     call = (site.data_ptr(), ids.data_ptr(), id_bytes, rows, k, row_stride, slot_stride)
@@ -156,6 +160,9 @@ def _map_impl(routing_map: torch.Tensor, site: torch.Tensor, *, packed: bool) ->
             _C.Fault.UNSUPPORTED_DTYPE,
             f"routing map of dtype {routing_map.dtype}; {wanted} is recorded",
         )
+        return
+    if site.device != routing_map.device:
+        _refused(_COPIED, routing_map, site)
         return
     rows, columns = routing_map.shape
     row_stride, column_stride = routing_map.stride()

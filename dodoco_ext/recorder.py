@@ -115,7 +115,8 @@ class Recorder:
         self._finalizer = weakref.finalize(self, _close, self._writer, self.devices)
         for name in dict.fromkeys(at for at in places if at != "cpu"):
             self._set_up(name, places.index(name), places.count(name), forms)
-        self.set("record_every", self.settings.record_every)
+        if self.settings.record_every != 1:
+            self.set("record_every", self.settings.record_every)
 
     def _set_up(self, name: str, first: int, count: int, forms: Collection[str]) -> None:
         shapes = [(layer.num_experts, layer.top_k) for layer in self.layers]
