@@ -167,6 +167,10 @@ class DeepseekPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         "attentions": LlamaAttention,
     }
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the experts in this file; they are Qwen2-MoE's
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
