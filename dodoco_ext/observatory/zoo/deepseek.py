@@ -302,3 +302,7 @@ def register() -> None:
     register_checkpoint_conversion_mapping(
         MODEL_TYPE, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
     )
+
+
+# On import: a model that is saved without the conversion would not have the published layout.
+register()
