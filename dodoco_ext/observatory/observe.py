@@ -19,9 +19,10 @@ from torch.nn import functional
 import dodoco_ext as dodoco
 from dodoco_ext.errors import DodocoError
 from dodoco_ext.observatory import summary
-from dodoco_ext.observatory.conditions import Condition, ConditionBuilder, Shape
+from dodoco_ext.observatory.conditions import Condition, ConditionBuilder, Ids, Shape, Subject
 from dodoco_ext.observatory.corpus import BUILTIN_NAMES, builtin_corpora
 from dodoco_ext.observatory.models import check_vocabulary
+from dodoco_ext.observatory.packaged import SOURCES, packaged_corpus
 from dodoco_ext.observatory.result import ConditionResult, ModelFacts, Result
 from dodoco_ext.recording import ROUTE, Cursor
 
@@ -70,7 +71,8 @@ def run(
         # Attached before the data is read: a dense model is refused at once.
         with dodoco.attach(model, labels={"model_name": name}) as attachment:
             attachment.record_every = 1
-            conditions = ConditionBuilder(tokenizer, shape, seed).build(sources)
+            subject = Subject(_embedding_rows(model), _continuation(model))
+            conditions = ConditionBuilder(tokenizer, shape, seed, subject).build(sources)
             for condition in conditions:
                 window, loss = _feed(model, attachment, condition, shape, progress)
                 results.append(_result(condition, window, loss, seed))
@@ -88,6 +90,8 @@ def run(
         texts=_texts_of(sources),
         provenance=provenance(),
         seconds=time.perf_counter() - started,
+        bos=shape.bos,
+        padding=shape.padding,
     )
     return result, attachment.path
 
@@ -98,7 +102,7 @@ def facts_of(model: Any, name: str) -> ModelFacts:
         name=name,
         architecture=type(model).__name__,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        vocab_size=int(model.get_input_embeddings().weight.shape[0]),
+        vocab_size=_embedding_rows(model),
     )
 
 
@@ -118,6 +122,26 @@ def provenance() -> dict[str, str]:
     return facts
 
 
+def _embedding_rows(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _continuation(model: Any) -> Callable[[Ids, int, int], Ids]:
+    """Continues prompts by drawing from the model's own distribution, reproducibly."""
+
+    def continue_text(prompts: Ids, num_tokens: int, seed: int) -> Ids:
+        ids = torch.from_numpy(prompts)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(seed)
+            for _ in range(num_tokens):
+                # Without a cache: some mixers' caches change the arithmetic, and the text is short.
+                logits = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+                ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+        return ids.numpy()
+
+    return continue_text
+
+
 def _feed(
     model: Any,
     attachment: dodoco.Attachment,
@@ -131,8 +155,12 @@ def _feed(
     passes, losses = [], []
     for number, start in enumerate(range(0, len(condition.ids), shape.batch_size), start=1):
         ids = torch.from_numpy(condition.ids[start : start + shape.batch_size])
+        inputs = {"input_ids": ids}
+        if shape.padding:
+            inputs["attention_mask"] = torch.ones_like(ids)
+            inputs["attention_mask"][:, -shape.padding :] = 0
         with torch.inference_mode():
-            losses.append(_loss(model(input_ids=ids, use_cache=False), ids))
+            losses.append(_loss(model(**inputs, use_cache=False), ids, shape.padding))
         records, cursor = _one_pass(attachment, cursor, num_layers)
         passes.append(records)
         if progress is not None:
@@ -156,12 +184,13 @@ def _one_pass(
     return records[np.argsort(records["layer"])], cursor
 
 
-def _loss(output: Any, ids: torch.Tensor) -> float:
+def _loss(output: Any, ids: torch.Tensor, padding: int) -> float:
     logits = getattr(output, "logits", None)
     if logits is None:
         return float("nan")
-    predicted = logits[:, :-1].flatten(0, 1).float()
-    return float(functional.cross_entropy(predicted, ids[:, 1:].flatten()))
+    end = ids.shape[1] - padding
+    predicted = logits[:, : end - 1].flatten(0, 1).float()
+    return float(functional.cross_entropy(predicted, ids[:, 1:end].flatten()))
 
 
 def _result(
@@ -187,10 +216,17 @@ def _result(
 
 
 def _texts_of(sources: Sequence[str]) -> dict[str, str]:
-    used = [
-        name for name in BUILTIN_NAMES if any(f"builtin:{name}" in source for source in sources)
-    ]
-    return {f"builtin:{name}": builtin_corpora()[name].sha256 for name in used}
+    """Digest of each built-in and packaged text that took part."""
+    joined = " ".join(sources)
+    found = {
+        f"builtin:{name}": builtin_corpora()[name].sha256
+        for name in BUILTIN_NAMES
+        if f"builtin:{name}" in joined
+    }
+    for name in SOURCES:
+        if f"packaged:{name}" in joined:
+            found[f"packaged:{name}"] = packaged_corpus(name).sha256
+    return found
 
 
 def _commit() -> str | None:

@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from dodoco_ext.errors import InputError
-from dodoco_ext.observatory.corpus import Corpus, Document, is_held_out, sha256_of, split
+from dodoco_ext.observatory.corpus import Corpus, Document, is_held_out, split
 
 _TIMEOUT_S = 600
 _BLOCK_CHARS = 1_500
@@ -271,8 +271,3 @@ def packages_of(names: tuple[str, ...]) -> dict[str, str]:
     """Digest of each package file behind these texts, by `name version`."""
     packages = [SOURCES[name].package for name in names]
     return {f"{package.name} {package.version}": package.sha256 for package in packages}
-
-
-def digest_of(corpus: Corpus) -> str:
-    """Digest of what a text holds out, as conditions feed it."""
-    return sha256_of(document.text for document in corpus.held_out)

@@ -157,9 +157,11 @@ class Result:
         conditions: In the order in which they ran.
         ratios: Every mock or control over every real condition.
         uncovered: Routing parts of the model that were not observed, with the reason.
-        texts: Digest of each built-in corpus that took part, by name.
+        texts: Digest of each built-in or packaged text that took part, by name.
         provenance: Versions, commit, machine; no host name, no path.
         seconds: Wall time of the observation, training apart.
+        bos: Every sequence began with the token for that.
+        padding: Padded positions at the end of every sequence.
     """
 
     model: ModelFacts
@@ -172,6 +174,8 @@ class Result:
     texts: dict[str, str]
     provenance: dict[str, str]
     seconds: float
+    bos: bool = False
+    padding: int = 0
 
     def of_kind(self, *kinds: Kind) -> list[ConditionResult]:
         """The conditions of these kinds, in order."""
