@@ -118,7 +118,7 @@ def test_missing_file_and_empty_text(folder: Path, tmp_path: Path) -> None:
 def test_files_are_looked_at_before_the_model_is_loaded(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(source: str) -> None:
+    def load(source: str, loading: object) -> None:
         raise AssertionError(f"{source} was loaded before the data was looked at")
 
     monkeypatch.setattr("dodoco_ext.observatory.models.load_model", load)

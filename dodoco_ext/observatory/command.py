@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.models import Loading
     from dodoco_ext.observatory.observe import Progress
     from dodoco_ext.observatory.result import Result
 
@@ -61,7 +62,11 @@ _NEEDED = (
     type=click.Choice(["demo"]),
     help="Train a small model and observe it under six conditions.",
 )
-@click.option("--model", metavar="DIR|ID", help="Model folder (save_pretrained) or model id.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="zoo:mla, zoo:mha, zoo:gqa, zoo:mamba2, zoo:gdn, a folder (save_pretrained) or a model id.",
+)
 @click.option("--data", metavar="SOURCE", multiple=True, help="A data condition; give several.")
 @click.option(
     "--out",
@@ -87,6 +92,15 @@ _NEEDED = (
     default=0,
     help="Padded positions at the end of every sequence.",
 )
+@click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16. [default: auto]")
+@click.option(
+    "--device-map", help="As transformers takes it: auto, cuda:0, ... (needs accelerate)."
+)
+@click.option(
+    "--streamed",
+    is_flag=True,
+    help="Layer by layer over all passes: for models larger than memory.",
+)
 @click.option("--retrain", is_flag=True, help="Train the demo's model even if OUT/model fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def observe(
@@ -100,6 +114,9 @@ def observe(
     seed: int,
     bos: bool,
     padding: int,
+    dtype: str,
+    device_map: str | None,
+    streamed: bool,
     retrain: bool,
     as_json: bool,
 ) -> None:
@@ -123,16 +140,18 @@ def observe(
 
     from dodoco_ext.observatory import report
     from dodoco_ext.observatory.conditions import GRID, Shape
+    from dodoco_ext.observatory.models import Loading
     from dodoco_ext.observatory.show import print_result
 
     shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32, bos, padding)
+    loading = Loading(dtype, device_map, streamed)
     errors = Console(stderr=True)
     with _progress(errors) as progress:
         if model is None:
             result, recording = _run_demo(folder, shape, seed, retrain, errors, progress)
         else:
             sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
-            result, recording = _run_model(model, sources, shape, seed, errors, progress)
+            result, recording = _run_model(model, loading, sources, shape, seed, errors, progress)
     paths = report.write_report(result, folder)
     if as_json:
         click.echo(result.to_json())
@@ -168,7 +187,13 @@ def _run_demo(
 
 
 def _run_model(
-    model: str, data: tuple[str, ...], shape: Shape, seed: int, console: Console, progress: Progress
+    model: str,
+    loading: Loading,
+    data: tuple[str, ...],
+    shape: Shape,
+    seed: int,
+    console: Console,
+    progress: Progress,
 ) -> tuple[Result, Path]:
     from dodoco_ext.observatory import observe as observing
     from dodoco_ext.observatory.data import check_file
@@ -178,7 +203,7 @@ def _run_model(
         check_file(source)
     if console.is_terminal:
         console.print(f"loading {model} ...", highlight=False)
-    loaded = load_model(model)
+    loaded = load_model(model, loading)
     return observing.run(
         loaded.model,
         loaded.tokenizer,
@@ -187,6 +212,7 @@ def _run_model(
         shape=shape,
         seed=seed,
         progress=progress,
+        streamed=loaded.streamed,
     )
 
 
