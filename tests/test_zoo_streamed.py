@@ -20,7 +20,7 @@ from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
 from dodoco_ext.observatory.models import Loading, quiet
 from dodoco_ext.observatory.streamed import StreamedModel
-from dodoco_ext.observatory.tiny import one_thread
+from dodoco_ext.observatory.threads import one_thread
 from dodoco_ext.observatory.zoo.species import SPECIES, build
 from observatory_cases import TEXT, ByteTokenizer
 
@@ -63,6 +63,20 @@ def test_streamed_and_resident_models_give_identical_results(
     assert in_layers.conditions == whole.conditions, "counts, passes, statistics and losses"
     assert len(whole.conditions[0].layers) == 4
     assert sum(whole.conditions[0].layers[0].counts) == shape.num_tokens * 4
+
+
+def test_counts_without_first_positions_need_the_whole_model(tmp_path: Path) -> None:
+    streamed = StreamedModel(sharded("gqa", tmp_path))
+    shape = Shape(2, 24, 3, first_position=False)
+    with pytest.raises(InputError, match="leave out --without-first or --streamed"):
+        observe.run(
+            streamed.model,
+            ByteTokenizer(),
+            ["mock-repeat"],
+            name="m",
+            shape=shape,
+            streamed=streamed,
+        )
 
 
 def test_no_more_than_one_layer_is_in_memory(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ Every condition gets the same number of tokens. SOURCE is one of
 \b
 Examples:
   dodoco observe --preset demo --out results/demo
-  dodoco observe --model results/demo/model --data mock-uniform --data builtin:prose
+  dodoco observe --model zoo:gqa --data mock-uniform --data builtin:prose
   dodoco observe --model ORG/NAME --data mock-unigram:a.txt --data a.txt --data b.jsonl --json
 """
 
@@ -60,7 +60,7 @@ _NEEDED = (
 @click.option(
     "--preset",
     type=click.Choice(["demo"]),
-    help="Train a small model and observe it under six conditions.",
+    help="The zoo's five models under six conditions.",
 )
 @click.option(
     "--model",
@@ -92,6 +92,9 @@ _NEEDED = (
     default=0,
     help="Padded positions at the end of every sequence.",
 )
+@click.option(
+    "--without-first", is_flag=True, help="Leave the first position of every sequence uncounted."
+)
 @click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16. [default: auto]")
 @click.option(
     "--device-map", help="As transformers takes it: auto, cuda:0, ... (needs accelerate)."
@@ -101,7 +104,6 @@ _NEEDED = (
     is_flag=True,
     help="Layer by layer over all passes: for models larger than memory.",
 )
-@click.option("--retrain", is_flag=True, help="Train the demo's model even if OUT/model fits.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def observe(
     preset: str | None,
@@ -114,10 +116,10 @@ def observe(
     seed: int,
     bos: bool,
     padding: int,
+    without_first: bool,
     dtype: str,
     device_map: str | None,
     streamed: bool,
-    retrain: bool,
     as_json: bool,
 ) -> None:
     """Checks the options, observes, writes the report and prints it."""
@@ -131,8 +133,6 @@ def observe(
         )
     if not preset and not data:
         raise click.UsageError("no data given: add --data SOURCE, for example --data builtin:prose")
-    if retrain and not preset:
-        raise click.UsageError("--retrain goes with --preset demo only")
     folder = out or Path("results") / (preset or "observe")
     _check_installed()
     _check_writable(folder)
@@ -143,15 +143,22 @@ def observe(
     from dodoco_ext.observatory.models import Loading
     from dodoco_ext.observatory.show import print_result
 
-    shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32, bos, padding)
+    shape = Shape(
+        batch_size or 8,
+        sequence_length or 128,
+        num_batches or 32,
+        bos=bos,
+        padding=padding,
+        first_position=not without_first,
+    )
     loading = Loading(dtype, device_map, streamed)
     errors = Console(stderr=True)
     with _progress(errors) as progress:
         if model is None:
-            result, recording = _run_demo(folder, shape, seed, retrain, errors, progress)
-        else:
-            sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
-            result, recording = _run_model(model, loading, sources, shape, seed, errors, progress)
+            _demo(folder, shape, seed, progress, as_json)
+            return
+        sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
+        result, recording = _run_model(model, loading, sources, shape, seed, errors, progress)
     paths = report.write_report(result, folder)
     if as_json:
         click.echo(result.to_json())
@@ -177,13 +184,24 @@ def _check_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: give another --out")
 
 
-def _run_demo(
-    out: Path, shape: Shape, seed: int, retrain: bool, console: Console, progress: Progress
-) -> tuple[Result, Path]:
-    from dodoco_ext.observatory.demo import run_demo
+def _demo(out: Path, shape: Shape, seed: int, progress: Progress, as_json: bool) -> None:
+    from rich.console import Console
 
-    console.print("reading the standard library's text, then training or reusing the model ...")
-    return run_demo(out, seed=seed, shape=shape, retrain=retrain, progress=progress)
+    from dodoco_ext.observatory import comparison, report
+    from dodoco_ext.observatory.demo import run_demo
+    from dodoco_ext.observatory.show import print_comparison
+
+    results = {
+        name: found.result
+        for name, found in run_demo(seed=seed, shape=shape, progress=progress).items()
+    }
+    for name, result in results.items():
+        report.write_report(result, out / name)
+    page, numbers = comparison.write_comparison(results, out)
+    if as_json:
+        click.echo(comparison.to_json(results))
+        return
+    print_comparison(results, Console(), page, numbers)
 
 
 def _run_model(
@@ -213,6 +231,7 @@ def _run_model(
         seed=seed,
         progress=progress,
         streamed=loaded.streamed,
+        checkpoint=loaded.provenance,
     )
 
 

@@ -86,6 +86,7 @@ class Shape:
         bos: Every sequence begins with the tokenizer's token for that, in place of its first.
         padding: Positions at the end of every sequence that hold the padding token and are masked
             from attention; a router sees them like any other, and they are counted.
+        first_position: The first position of every sequence is counted too.
     """
 
     batch_size: int
@@ -93,6 +94,7 @@ class Shape:
     num_batches: int
     bos: bool = False
     padding: int = 0
+    first_position: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("sequence_length", 2), ("num_batches", 2)):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dodoco_ext.errors import InputError
+from dodoco_ext.observatory.corpus import sha256_of
 from dodoco_ext.observatory.data import first_line
 
 if TYPE_CHECKING:
@@ -56,12 +58,14 @@ class LoadedModel:
         model: In evaluation mode.
         tokenizer: The tokenizer stored with it.
         streamed: What runs it layer by layer, where it was loaded so.
+        provenance: Revision, digests, data type, backends and placement.
     """
 
     name: str
     model: Any
     tokenizer: Any
     streamed: StreamedModel | None = None
+    provenance: dict[str, str] = field(default_factory=dict)
 
 
 def load_model(source: str, loading: Loading | None = None) -> LoadedModel:
@@ -135,7 +139,48 @@ def _load(source: str, folder: Path, tokenizer_from: str, loading: Loading) -> L
             ) from None
     check_vocabulary(model, tokenizer, source)
     name = source if shipped or not folder.is_dir() else folder.resolve().name
-    return LoadedModel(name, model.eval(), tokenizer, streamed)
+    facts = provenance_of(model, tokenizer, folder if folder.is_dir() else None)
+    facts["loading"] = "layer by layer" if loading.streamed else "whole"
+    return LoadedModel(name, model.eval(), tokenizer, streamed, facts)
+
+
+def provenance_of(model: Any, tokenizer: Any, folder: Path | None) -> dict[str, str]:
+    """What a result says of the checkpoint behind it, without paths.
+
+    Args:
+        model: As loaded.
+        tokenizer: As loaded.
+        folder: The checkpoint's folder, whose weights are digested; None for one of the hub, which
+            its revision names.
+    """
+    config = model.config
+    facts = {
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "placement": ", ".join(sorted({p.device.type for p in model.parameters()})),
+    }
+    for key, attribute in (
+        ("revision", "_commit_hash"),
+        ("attention backend", "_attn_implementation"),
+        ("experts backend", "_experts_implementation"),
+    ):
+        if value := getattr(config, attribute, None):
+            facts[key] = str(value)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        facts["tokenizer sha256"] = sha256_of([backend.to_str()])
+    if folder is not None:
+        facts["weights sha256"] = _weights_digest(folder)
+    template = getattr(tokenizer, "chat_template", None)
+    facts["chat template"] = "none applied" + (" (the tokenizer has one)" if template else "")
+    return facts
+
+
+def _weights_digest(folder: Path) -> str:
+    """Of the safetensors files in name order: of one file its own digest, else a digest of their digests."""
+    digests = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else sha256_of(digests)
 
 
 def _streamed(folder: Path, source: str, dtype: str) -> StreamedModel:

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from dodoco_ext.observatory.conditions import Condition, ConditionBuilder, Ids, 
 from dodoco_ext.observatory.corpus import BUILTIN_NAMES, builtin_corpora
 from dodoco_ext.observatory.models import check_vocabulary
 from dodoco_ext.observatory.packaged import SOURCES, packaged_corpus
+from dodoco_ext.observatory.positions import without_first
 from dodoco_ext.observatory.result import ConditionResult, ModelFacts, Result
 from dodoco_ext.recording import ROUTE, Cursor
 
@@ -33,10 +34,10 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase's name, the steps done in it and its steps in all."""
 
 RunPasses = Callable[
-    [dodoco.Attachment, list[dict[str, torch.Tensor]], int, Callable[[int, int], None]],
-    tuple[list[NDArray[np.void]], list[float]],
+    [dodoco.Attachment, list[dict[str, torch.Tensor]], Shape, Callable[[int, int], None]],
+    tuple[summary.Window, list[float]],
 ]
-"""Runs the passes of a condition: the records of each, one a layer, and their losses."""
+"""Runs the passes of a condition: what they left in the recording, and their losses."""
 
 
 def run(
@@ -50,6 +51,7 @@ def run(
     facts: ModelFacts | None = None,
     progress: Progress | None = None,
     streamed: StreamedModel | None = None,
+    checkpoint: Mapping[str, str] | None = None,
 ) -> tuple[Result, Path]:
     """Observes a model under every source, at equal numbers of tokens, in one recording.
 
@@ -64,16 +66,21 @@ def run(
         facts: What is known of the model; by default what it says itself.
         progress: Told of every pass, or of every layer where the model is streamed.
         streamed: What runs the model layer by layer over all passes, if it is larger than memory.
+        checkpoint: Where the model is from (`models.provenance_of`), for the result's provenance.
 
     Returns:
         The result, and the recording's file.
 
     Raises:
-        InputError: A source cannot be used.
+        InputError: A source cannot be used, or the shape not with a streamed model.
         NothingToObserve: The model has no MoE router.
         DodocoError: The recording lost records, or something else ran the model meanwhile.
     """
     check_vocabulary(model, tokenizer, name)
+    if streamed is not None and not shape.first_position:
+        raise InputError(
+            "a streamed model keeps no counts of single passes: leave out --without-first or --streamed"
+        )
     started = time.perf_counter()
     was_training = model.training
     run_passes = _resident(model) if streamed is None else _streamed(streamed)
@@ -100,10 +107,11 @@ def run(
         ratios=summary.ratios(results, seed),
         uncovered=uncovered,
         texts=_texts_of(sources),
-        provenance=provenance(),
+        provenance={**provenance(), **(checkpoint or {}), "lost records": "0"},
         seconds=time.perf_counter() - started,
         bos=shape.bos,
         padding=shape.padding,
+        first_position=shape.first_position,
     )
     return result, attachment.path
 
@@ -164,7 +172,6 @@ def _feed(
     shape: Shape,
     progress: Progress | None,
 ) -> tuple[summary.Window, float]:
-    before = attachment.snapshot()
     batches = []
     for start in range(0, len(condition.ids), shape.batch_size):
         ids = torch.from_numpy(condition.ids[start : start + shape.batch_size])
@@ -178,8 +185,7 @@ def _feed(
         if progress is not None:
             progress(condition.name, done, total)
 
-    passes, losses = run_passes(attachment, batches, shape.padding, told)
-    window = summary.Window(attachment.snapshot() - before, passes)
+    window, losses = run_passes(attachment, batches, shape, told)
     window.check()
     return window, float(np.mean(losses))
 
@@ -190,21 +196,30 @@ def _resident(model: Any) -> RunPasses:
     def run_passes(
         attachment: dodoco.Attachment,
         batches: list[dict[str, torch.Tensor]],
-        padding: int,
+        shape: Shape,
         told: Callable[[int, int], None],
-    ) -> tuple[list[NDArray[np.void]], list[float]]:
+    ) -> tuple[summary.Window, list[float]]:
         device, num_layers = _device_of(model), len(attachment.layers)
-        cursor = attachment.reader.cursor()
-        passes, losses = [], []
+        cursor, before = attachment.reader.cursor(), attachment.snapshot()
+        passes, boards, losses = [], [], []
         for number, inputs in enumerate(batches, start=1):
             placed = {name: tensor.to(device) for name, tensor in inputs.items()}
             with torch.inference_mode():
                 output = model(**placed, use_cache=False)
-                losses.append(_loss(output, placed["input_ids"], padding))
+                losses.append(_loss(output, placed["input_ids"], shape.padding))
             records, cursor = _records(attachment, cursor)
             passes.append(_in_layer_order(records, num_layers))
+            if not shape.first_position:
+                whole = attachment.snapshot()
+                with torch.inference_mode():
+                    model(input_ids=placed["input_ids"][:, :1], use_cache=False)
+                first = attachment.snapshot()
+                boards.append((whole - before, first - whole))
+                before, cursor = first, attachment.reader.cursor()
             told(number, len(batches))
-        return passes, losses
+        if not shape.first_position:
+            return without_first(boards), losses
+        return summary.Window(attachment.snapshot() - before, passes), losses
 
     return run_passes
 
@@ -215,10 +230,10 @@ def _streamed(streamed: StreamedModel) -> RunPasses:
     def run_passes(
         attachment: dodoco.Attachment,
         batches: list[dict[str, torch.Tensor]],
-        padding: int,
+        shape: Shape,
         told: Callable[[int, int], None],
-    ) -> tuple[list[NDArray[np.void]], list[float]]:
-        cursor = attachment.reader.cursor()
+    ) -> tuple[summary.Window, list[float]]:
+        cursor, before = attachment.reader.cursor(), attachment.snapshot()
         layers: list[NDArray[np.void]] = []
 
         def after_layer(done: int, total: int) -> None:
@@ -228,7 +243,7 @@ def _streamed(streamed: StreamedModel) -> RunPasses:
             told(done, total)
 
         losses = [
-            _loss(output, inputs["input_ids"], padding)
+            _loss(output, inputs["input_ids"], shape.padding)
             for output, inputs in zip(streamed.run(batches, after_layer), batches, strict=True)
         ]
         records = np.concatenate(layers)
@@ -239,9 +254,8 @@ def _streamed(streamed: StreamedModel) -> RunPasses:
                 "layer must run once a pass"
             )
         by_layer = records[np.argsort(records["layer"], kind="stable")].reshape(num_layers, -1)
-        return [
-            _in_layer_order(by_layer[:, number], num_layers) for number in range(len(batches))
-        ], losses
+        passes = [_in_layer_order(by_layer[:, n], num_layers) for n in range(len(batches))]
+        return summary.Window(attachment.snapshot() - before, passes), losses
 
     return run_passes
 

@@ -162,6 +162,7 @@ class Result:
         seconds: Wall time of the observation, training apart.
         bos: Every sequence began with the token for that.
         padding: Padded positions at the end of every sequence.
+        first_position: The first position of every sequence is among what was counted.
     """
 
     model: ModelFacts
@@ -176,6 +177,7 @@ class Result:
     seconds: float
     bos: bool = False
     padding: int = 0
+    first_position: bool = True
 
     def of_kind(self, *kinds: Kind) -> list[ConditionResult]:
         """The conditions of these kinds, in order."""

@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from dodoco_ext.errors import DodocoError
+from dodoco_ext.observatory.zoo import shipped
+from dodoco_ext.observatory.zoo.card import table
 from dodoco_ext.observatory.zoo.make import make_zoo, prepare_material
 from dodoco_ext.observatory.zoo.species import SPECIES, species
 from dodoco_ext.observatory.zoo.text import corpora
@@ -34,10 +36,16 @@ from dodoco_ext.observatory.zoo.training import Plan
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of fetched packages. [default: ~/.cache/dodoco]",
 )
-def main(out: Path, only: tuple[str, ...], seed: int, num_steps: int, cache: Path | None) -> None:
+@click.option("--cards", is_flag=True, help="Print the figures of the shipped models instead.")
+def main(
+    out: Path, only: tuple[str, ...], seed: int, num_steps: int, cache: Path | None, cards: bool
+) -> None:
     """Train the zoo's models on text of the standard library and of published packages."""
     plan = Plan(num_steps=num_steps)
     try:
+        if cards:
+            click.echo(table(shipped.cards()))
+            return
         kinds = [species(name) for name in only or SPECIES]
         click.echo("reading texts, learning the tokenizer ...")
         material = prepare_material(corpora(cache), plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ CARD = "card.json"
 RETRAIN_INTERVAL = 0.06
 """Training anew gives a held-out loss within this many nats of the card's, on either side.
 
-The same seed on the same machine gives the same weights. Other machines round differently, and the
-paths then part as those of other seeds do: three seeds of one model spread over 0.03 nats.
+The same seed on the same machine gives the same weights. Other machines and versions round
+differently, and the paths then part as those of other seeds do.
 """
 _BATCH = 16
 
@@ -170,6 +171,22 @@ def balance_of(model: Any, data: Data) -> list[LayerBalance]:
                 model(input_ids=torch.from_numpy(windows[start : start + _BATCH]), use_cache=False)
         layers = attachment.snapshot().layers
     return [_balance(np.asarray(layer.counts, np.float64)) for layer in layers]
+
+
+def table(cards: Mapping[str, Card]) -> str:
+    """The cards' main figures as a Markdown table."""
+    lines = [
+        "| model | parameters | unigram | bigram | loss | margin | retrained within | evenness | max/mean |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, card in cards.items():
+        mean, worst = card.mean, min(card.balance, key=lambda layer: layer.entropy)
+        lines.append(
+            f"| `zoo:{name}` | {card.num_parameters:,} | {mean.unigram:.3f} | {mean.bigram:.3f} | "
+            f"{mean.loss:.3f} | {card.margin:.2f} | ± {card.retrain_interval:.2f} | "
+            f"{worst.entropy:.3f} | {max(layer.max_over_mean for layer in card.balance):.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 from dodoco_ext.observatory.corpus import BUILTIN_NAMES, Corpus, num_chars
 from dodoco_ext.observatory.models import quiet
 from dodoco_ext.observatory.packaged import packages_of
-from dodoco_ext.observatory.tiny import one_thread, software_versions
+from dodoco_ext.observatory.threads import one_thread, software_versions
 from dodoco_ext.observatory.zoo.baselines import Baselines
 from dodoco_ext.observatory.zoo.card import (
     RETRAIN_INTERVAL,
@@ -120,6 +120,7 @@ def _finish(
     folder = out / kind.name
     with quiet():
         trained.model.to(DTYPE).save_pretrained(folder)
+        material.tokenizer.save_pretrained(folder)  # complete, for `dodoco observe --model`
         # What is judged is what is stored.
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with one_thread():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dodoco_ext.observatory.tiny import one_thread, software_versions
+from dodoco_ext.observatory.threads import one_thread, software_versions
 from dodoco_ext.observatory.zoo.balance import Balancer
 from dodoco_ext.observatory.zoo.species import TOP_K, Species, build
 from dodoco_ext.observatory.zoo.text import Data
