@@ -139,7 +139,7 @@ class FreshBuildPy(build_py):
 setup(
     packages=[*find_packages(include=["dodoco_ext", "dodoco_ext.*"]), "dodoco_ext.triton_kernels"],
     package_dir={"dodoco_ext.triton_kernels": "triton_kernels"},
-    package_data={"": ["py.typed", "*.pyi", "templates/*"]},
+    package_data={"": ["py.typed", "*.pyi", "templates/*", "weights/*/*"]},
     ext_modules=[Extension("dodoco_ext._C", sorted(map(str, Path("csrc").glob("*.cpp"))))],
     cmdclass={"build_ext": NinjaBuild, "build_py": FreshBuildPy},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ from click.testing import CliRunner, Result
 from dodoco_ext.errors import DodocoError, InputError, NothingToObserve
 from dodoco_ext.observatory.command import observe
 from dodoco_ext.observatory.corpus import Corpus, Document
-from dodoco_ext.observatory.tiny import TinyConfig, train_or_reuse
+from dodoco_ext.observatory.models import quiet
+from dodoco_ext.observatory.tokenizer import train_tokenizer
+from dodoco_ext.observatory.zoo.species import SPECIES, build
 
 pytest.importorskip("transformers")
 
@@ -23,11 +26,13 @@ SMALL = ["--batch-size", "2", "--sequence-length", "16", "--num-batches", "3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of one training step."""
+    """A saved model of fresh weights, with its tokenizer."""
     folder = tmp_path_factory.mktemp("command") / "model"
-    documents = tuple(Document(f"d:{n}", "some words of text\n" * 60) for n in range(3))
-    config = TinyConfig(320, 32, 2, 4, 2, 8, 2, 16, batch_size=2, sequence_length=16, num_steps=1)
-    train_or_reuse(folder, {"text": Corpus("text", documents[:2], documents[2:])}, config, seed=0)
+    documents = tuple(Document(f"d:{n}", "some words of text\n" * 60) for n in range(2))
+    model = build(SPECIES["gqa"], num_hidden_layers=2, num_experts=8, num_experts_per_tok=2)
+    with quiet():
+        model.save_pretrained(folder)
+        train_tokenizer({"text": Corpus("text", documents, ())}, 320).save_pretrained(folder)
     return folder
 
 
@@ -78,10 +83,6 @@ def test_json_on_stdout(folder: Path, text: str, tmp_path: Path) -> None:
         ([], "no model given"),
         (["--model", "x"], "no data given"),
         (["--preset", "demo", "--model", "x"], "leave out --model and --data"),
-        (
-            ["--model", "x", "--data", "mock-uniform", "--retrain"],
-            "--retrain goes with --preset demo",
-        ),
         (["--preset", "demo", "--num-batches", "1"], "--num-batches"),
     ],
 )
@@ -89,6 +90,42 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_a_streamed_model_gives_the_same_report(folder: Path, text: str, tmp_path: Path) -> None:
+    common = ["--model", str(folder), "--data", text, "--json", *SMALL]
+    whole = invoke(*common, "--out", str(tmp_path / "a"))
+    streamed = invoke(*common, "--out", str(tmp_path / "b"), "--streamed")
+    assert streamed.exit_code == 0, streamed.output
+    found = [json.loads(result.stdout) for result in (whole, streamed)]
+    assert found[0]["conditions"] == found[1]["conditions"]
+    facts = [data["provenance"] for data in found]
+    assert [f["loading"] for f in facts] == ["whole", "layer by layer"]
+    assert [f["placement"] for f in facts] == ["cpu", "cpu, meta"]
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    for fact in facts:
+        assert fact["weights sha256"] == digest
+        assert len(fact["tokenizer sha256"]) == 64
+        assert (fact["dtype"], fact["attention backend"]) == ("float32", "sdpa")
+        assert fact["chat template"] == "none applied"
+        assert fact["lost records"] == "0"
+
+
+def test_padding_and_bos_are_in_the_result(folder: Path, text: str, tmp_path: Path) -> None:
+    common = ["--model", str(folder), "--data", text, "--out", str(tmp_path), "--json", *SMALL]
+    result = invoke(*common, "--padding", "4")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert (data["padding"], data["bos"]) == (4, False)
+    assert data["conditions"][0]["num_tokens"] == 96, "padding is counted: equal tokens a cell"
+    assert "leave out --bos" in fails(InputError, *common, "--bos")
+
+
+def test_a_model_that_the_zoo_does_not_have(tmp_path: Path) -> None:
+    message = fails(
+        InputError, "--model", "zoo:moa", "--data", "mock-uniform", "--out", str(tmp_path)
+    )
+    assert message == "no model 'moa' in the zoo: give one of mla, mha, gqa, mamba2, gdn"
 
 
 def test_missing_model_folder(tmp_path: Path) -> None:
@@ -118,7 +155,7 @@ def test_missing_file_and_empty_text(folder: Path, tmp_path: Path) -> None:
 def test_files_are_looked_at_before_the_model_is_loaded(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(source: str) -> None:
+    def load(source: str, loading: object) -> None:
         raise AssertionError(f"{source} was loaded before the data was looked at")
 
     monkeypatch.setattr("dodoco_ext.observatory.models.load_model", load)
@@ -191,6 +228,9 @@ def test_unknown_model_id_offline(tmp_path: Path) -> None:
 
 def test_help_shows_every_kind_of_source_and_examples() -> None:
     output = invoke("--help").output
-    for word in ("mock-uniform", "mock-unigram", "shuffled:SOURCE", "hf:NAME", "builtin:prose"):
+    for word in (
+        *("mock-uniform", "mock-unigram", "shuffled:SOURCE", "hf:NAME", "builtin:prose"),
+        *("generated:SOURCE", "turns:ROLE:SOURCE", "packaged:bulgarian", "grid", "zoo:gqa"),
+    ):
         assert word in output
     assert "dodoco observe --preset demo" in output

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from dodoco_ext.errors import InputError
-from dodoco_ext.observatory.conditions import Condition, ConditionBuilder, Shape
+from dodoco_ext.observatory import conditions
+from dodoco_ext.observatory.conditions import (
+    GRID,
+    Condition,
+    ConditionBuilder,
+    Ids,
+    Shape,
+    Subject,
+)
 from observatory_cases import END, TEXT, VOCABULARY, ByteTokenizer
 
 SHAPE = Shape(batch_size=4, sequence_length=32, num_batches=6)
@@ -124,3 +132,114 @@ def test_a_short_text_says_how_many_passes_it_allows(tmp_path: Path) -> None:
 def test_shapes_without_an_interval_are_refused(shape: dict[str, int]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(shape))}="):
         Shape(**{"batch_size": 1, "sequence_length": 8, "num_batches": 2, **shape})
+
+
+ROWS = VOCABULARY + 40
+SUBJECT = Subject(ROWS, lambda prompts, number, seed: countdown(prompts, number, seed))
+
+
+def countdown(prompts: Ids, number: int, seed: int) -> Ids:
+    """Stands in for a model that draws: each prompt's last token plus the seed, counted up."""
+    steps = prompts[:, -1:] + seed + np.arange(1, number + 1)
+    return np.concatenate([prompts, steps % VOCABULARY], axis=1)
+
+
+def built(
+    source: str, shape: Shape = SHAPE, tokenizer: ByteTokenizer | None = None
+) -> tuple[Condition, ConditionBuilder]:
+    builder = ConditionBuilder(tokenizer or ByteTokenizer(), shape, 0, SUBJECT)
+    return builder.build([source])[0], builder
+
+
+def test_the_default_grid_has_six_conditions_of_every_kind_and_the_papers_among_them() -> None:
+    assert len(GRID) == len(set(GRID)) == 6
+    assert {"mock-uniform", "packaged:english", "packaged:dialogue", "packaged:bulgarian"} < set(
+        GRID
+    )
+
+
+def test_the_whole_embedding_is_drawn_from_where_asked_for() -> None:
+    shape = Shape(64, 128, 8)
+    counts = np.bincount(built("mock-uniform:embedding", shape)[0].ids.ravel(), minlength=ROWS)
+    assert len(counts) == ROWS
+    assert counts[END] > 0, "special tokens have rows too"
+    expected = shape.num_tokens / ROWS
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - (ROWS - 1)) < 5 * np.sqrt(2 * (ROWS - 1))
+
+
+def test_a_named_token_is_repeated() -> None:
+    assert np.unique(built("mock-repeat:7")[0].ids).tolist() == [7]
+
+
+def test_generated_text_begins_with_the_text_and_goes_on_as_the_model_says(text: str) -> None:
+    condition, builder = built(f"generated:{text}")
+    assert condition.kind == "control"
+    prompts = builder.windows(text)[:, :8]
+    np.testing.assert_array_equal(condition.ids[:, :8], prompts)
+    steps = np.diff(condition.ids[:, 8:], axis=1) % VOCABULARY
+    assert (steps == 1).all(), "every token after the prompt is the model's"
+    assert built(f"generated:{text}")[0].sha256 == condition.sha256
+
+
+def test_bos_and_padding_take_the_places_they_are_said_to(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.bos_token_id, tokenizer.pad_token_id = 300, 301  # type: ignore[assignment]
+    plain, _ = built(text, tokenizer=tokenizer)
+    dressed, _ = built(text, Shape(4, 32, 6, bos=True, padding=5), tokenizer)
+    assert (dressed.ids[:, 0] == 300).all()
+    assert (dressed.ids[:, -5:] == 301).all()
+    np.testing.assert_array_equal(dressed.ids[:, 1:-5], plain.ids[:, 1:-5])
+    assert dressed.ids.shape == plain.ids.shape, "equal tokens with and without"
+
+
+def test_real_text_holds_no_special_token_but_the_one_between_documents(text: str) -> None:
+    ids = built(text)[0].ids
+    assert (ids[ids != END] < 256).all()
+
+
+def test_another_kind_can_be_registered_and_a_taken_name_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conditions, "KINDS", dict(conditions.KINDS))
+
+    def ramp(builder: ConditionBuilder, argument: str) -> Condition:
+        shape = builder.shape
+        ids = np.arange(shape.num_tokens).reshape(shape.num_sequences, -1) % int(argument)
+        return Condition("ramp", "mock", f"ramp:{argument}", "counting up", ids)
+
+    conditions.register("ramp", ramp)
+    assert np.unique(built("ramp:3")[0].ids).tolist() == [0, 1, 2]
+    for name in ("ramp", "shuffled", "builtin", "a:b", ""):
+        with pytest.raises(InputError, match="choose a free name"):
+            conditions.register(name, ramp)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("mock-uniform:all", "give mock-uniform or mock-uniform:embedding"),
+        ("mock-repeat:x", "mock-repeat:x is no token"),
+        ("mock-repeat:512", "ids go from 0 to 511"),
+        ("generated:", "write generated:SOURCE"),
+        ("packaged:klingon", "no packaged text 'klingon'"),
+        ("turns:assistant", "write turns:ROLE:SOURCE"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        built(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_is_needed_for_is_refused_without_one(text: str) -> None:
+    for source in ("mock-uniform:embedding", f"generated:{text}"):
+        with pytest.raises(InputError, match="needs the model"):
+            build([source])
+
+
+def test_padding_that_leaves_no_text_and_bos_without_a_token_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="padding=31: give 0 to 30"):
+        Shape(4, 32, 6, padding=31)
+    with pytest.raises(InputError, match="leave out --bos"):
+        built(text, Shape(4, 32, 6, bos=True))

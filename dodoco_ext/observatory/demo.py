@@ -1,15 +1,20 @@
-"""The demo: from nothing to a trained model, a recording of its routing and a report."""
+"""The demo: the zoo's five models under six conditions, each with a report, and all side by side."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.corpus import builtin_corpora
+from dodoco_ext.observatory.models import load_model
 from dodoco_ext.observatory.result import Result
-from dodoco_ext.observatory.tiny import TinyConfig, one_thread, train_or_reuse
+from dodoco_ext.observatory.threads import one_thread
+from dodoco_ext.observatory.zoo.card import Card
+from dodoco_ext.observatory.zoo.shipped import PREFIX, model_folder
+from dodoco_ext.observatory.zoo.species import SPECIES
 
 SOURCES = (
     "mock-uniform",
@@ -22,54 +27,78 @@ SOURCES = (
 """Six conditions: two real texts held out from training, and four ways to imitate the first."""
 
 SHAPE = Shape(batch_size=8, sequence_length=128, num_batches=32)
-TRAINING = "training the demo model"
-"""Name of the training phase in progress reports."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One model of the demo.
+
+    Attributes:
+        result: What was found.
+        recording: The recording's file.
+    """
+
+    result: Result
+    recording: Path
 
 
 def run_demo(
-    out: Path,
     *,
     seed: int = 0,
     shape: Shape = SHAPE,
-    config: TinyConfig | None = None,
-    retrain: bool = False,
+    names: Sequence[str] = tuple(SPECIES),
     progress: observe.Progress | None = None,
-) -> tuple[Result, Path]:
-    """Trains the demo's model, or takes the one in `out/model`, and observes it.
+) -> dict[str, Observed]:
+    """Observes the zoo's models, one after the other.
 
     Args:
-        out: Folder of the results; created if missing.
-        seed: Seed of training, conditions and bootstrap.
+        seed: Seed of conditions and bootstrap.
         shape: Tokens a condition.
-        config: Size and training of the model.
-        retrain: Train even if a fitting model is there.
-        progress: Told of every step and pass.
+        names: Which models.
+        progress: Told of every pass.
 
     Returns:
-        The result, and the recording's file.
+        What was found, by the models' short names.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    tiny = train_or_reuse(
-        out / "model",
-        builtin_corpora(),
-        config or TinyConfig(),
-        seed,
-        retrain=retrain,
-        progress=None if progress is None else lambda done, total: progress(TRAINING, done, total),
-    )
-    facts = replace(
-        observe.facts_of(tiny.model, "demo model"),
-        training=asdict(tiny.training),
-        reused=tiny.reused,
-    )
-    with one_thread():
-        return observe.run(
-            tiny.model,
-            tiny.tokenizer,
-            SOURCES,
-            name="demo model",
-            shape=shape,
-            seed=seed,
-            facts=facts,
-            progress=progress,
+    found = {}
+    for name in names:
+        loaded = load_model(f"{PREFIX}{name}")
+        facts = replace(
+            observe.facts_of(loaded.model, loaded.name),
+            training=training_facts(Card.read(model_folder(name))),
+            reused=True,
         )
+        with one_thread():
+            result, recording = observe.run(
+                loaded.model,
+                loaded.tokenizer,
+                SOURCES,
+                name=loaded.name,
+                shape=shape,
+                seed=seed,
+                facts=facts,
+                checkpoint=loaded.provenance,
+                progress=None if progress is None else _named(progress, name),
+            )
+        found[name] = Observed(result, recording)
+    return found
+
+
+def training_facts(card: Card) -> dict[str, Any]:
+    """A card as reports tell of a training."""
+    return {
+        "key": card.weights_sha256,
+        "num_steps": card.num_steps,
+        "num_tokens": card.num_tokens,
+        "first_loss": card.first_loss,
+        "last_loss": card.last_loss,
+        "aux_loss": card.last_aux_loss,
+        "unigram_loss": {name: costs.unigram for name, costs in card.held_out.items()},
+        "seconds": card.cpu_seconds,
+        "cpu_seconds": card.cpu_seconds,
+        "versions": card.versions,
+    }
+
+
+def _named(progress: observe.Progress, name: str) -> observe.Progress:
+    return lambda phase, done, total: progress(f"{name}: {phase}", done, total)

@@ -157,9 +157,12 @@ class Result:
         conditions: In the order in which they ran.
         ratios: Every mock or control over every real condition.
         uncovered: Routing parts of the model that were not observed, with the reason.
-        texts: Digest of each built-in corpus that took part, by name.
+        texts: Digest of each built-in or packaged text that took part, by name.
         provenance: Versions, commit, machine; no host name, no path.
         seconds: Wall time of the observation, training apart.
+        bos: Every sequence began with the token for that.
+        padding: Padded positions at the end of every sequence.
+        first_position: The first position of every sequence is among what was counted.
     """
 
     model: ModelFacts
@@ -172,6 +175,9 @@ class Result:
     texts: dict[str, str]
     provenance: dict[str, str]
     seconds: float
+    bos: bool = False
+    padding: int = 0
+    first_position: bool = True
 
     def of_kind(self, *kinds: Kind) -> list[ConditionResult]:
         """The conditions of these kinds, in order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from dodoco_ext.observatory.comparison import fixed, rows, sentences
 from dodoco_ext.observatory.findings import findings, limits
 from dodoco_ext.observatory.report import ReportPaths
 from dodoco_ext.observatory.result import Interval, Result
@@ -36,6 +38,32 @@ def print_result(result: Result, console: Console, recording: Path, paths: Repor
         ("recording", recording),
     ):
         console.print(f"{label + ':':<10} {path}", highlight=False, soft_wrap=True)
+
+
+def print_comparison(
+    results: Mapping[str, Result], console: Console, page: Path, numbers: Path
+) -> None:
+    """Prints several models side by side, what follows, and the paths."""
+    first = next(iter(results.values()))
+    table = _table(
+        f"\nCorrected Gini of {len(results)} models, {first.conditions[0].num_tokens:,} tokens a condition."
+    )
+    table.add_column("model")
+    for condition in first.conditions:
+        table.add_column(condition.name, justify="right")
+    table.add_column("mock / real", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for row in rows(results):
+        figures = [fixed(row.corrected[condition.name]) for condition in first.conditions]
+        table.add_row(row.name, *figures, _number(row.ratio), _interval(row.interval))
+    console.print(table)
+    console.print("\nFinding", style="bold")
+    for sentence in sentences(results):
+        console.print(f"- {sentence}", highlight=False)
+    console.print()
+    for label, path in (("report", page), ("numbers", numbers)):
+        console.print(f"{label + ':':<10} {path}", highlight=False, soft_wrap=True)
+    console.print(f"each model: {page.parent}/NAME/report.html", highlight=False, soft_wrap=True)
 
 
 def _model_line(result: Result) -> str:

@@ -67,7 +67,7 @@ def summarise(window: Window, seed: int) -> Summary:
         seed: Seed of the bootstrap.
     """
     num_experts = np.array([layer.num_experts for layer in window.board.layers])
-    columns = {name: np.stack([p[name] for p in window.passes]).astype(np.int64) for name in _USED}
+    columns = {name: np.stack([p[name] for p in window.passes]).astype(np.int64) for name in USED}
     gini = np.asarray(
         metrics.gini_from_numerator(columns["gini_numerator"], columns["assignments"], num_experts)
     )
@@ -106,7 +106,8 @@ def ratios(conditions: list[ConditionResult], seed: int) -> list[Ratio]:
     return [_ratio(c, r, seed) for c in conditions if c.kind != "real" for r in real]
 
 
-_USED = ("gini_numerator", "assignments", "max_count", "tokens", "unused_experts")
+USED = ("gini_numerator", "assignments", "max_count", "tokens", "unused_experts")
+"""Fields of a ring record that figures are made of."""
 
 
 def _layer(
