@@ -9,7 +9,7 @@ from typing import Any
 
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.models import load_model
+from dodoco_ext.observatory.models import load_model, quiet
 from dodoco_ext.observatory.result import Result
 from dodoco_ext.observatory.threads import one_thread
 from dodoco_ext.observatory.zoo.card import Card
@@ -68,7 +68,8 @@ def run_demo(
             training=training_facts(Card.read(model_folder(name))),
             reused=True,
         )
-        with one_thread():
+        # Quiet: where kernels of other packages are missing is no news for models this small.
+        with one_thread(), quiet():
             result, recording = observe.run(
                 loaded.model,
                 loaded.tokenizer,
