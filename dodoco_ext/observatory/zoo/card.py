@@ -23,7 +23,7 @@ RETRAIN_INTERVAL = 0.06
 """Training anew gives a held-out loss within this many nats of the card's, on either side.
 
 The same seed on the same machine gives the same weights. Other machines and versions round
-differently, and the paths then part as those of other seeds do.
+differently, and the paths then part as those of other seeds do: three seeds of `gqa` spread over 0.04.
 """
 _BATCH = 16
 
