@@ -63,7 +63,7 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="\b\nExamples:\n"
-    "  dodoco observe --preset demo      train a small MoE, record it, write a report\n"
+    "  dodoco observe --preset demo      record five small MoE models, write a report\n"
     "  dodoco show                       list the recordings\n"
     "  dodoco show --latest --ep 8       summarise the latest, folded into 8 ranks\n"
     "  dodoco show my-run --fleet        all ranks of a run as one\n"
