@@ -22,13 +22,13 @@ FAULTS = {
     "a negative id is an expert": ("order", "(ids >= 0) &", "(ids >= -2) &"),
     "ids are narrowed first": (
         "few_passes",
-        "mask=(row_in_tile < num_rows - first)[:, None] & has_slot, other=-1)",
-        "mask=(row_in_tile < num_rows - first)[:, None] & has_slot, other=-1).to(tl.int32)",
+        "        ids = next_ids\n",
+        "        ids = next_ids.to(tl.int32)\n",
     ),
     "a row with padding is no token": (
         "few_passes",
-        "(padding < num_columns)",
-        "(padding == 0)",
+        "tl.sum(padding, axis=1) < num_columns",
+        "tl.sum(padding, axis=1) == 0",
     ),
     "padding is invalid": ("few_passes", "paddings += padding", "paddings += padding * 0"),
     "num_valid below 0 is 0": (

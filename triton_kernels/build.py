@@ -123,8 +123,8 @@ def variants(num_experts: int, top_k: int, forms: Collection[int]) -> list[Varia
             warps = _SHARED_WARPS if shared else alone_warps
             if form == route_stats.IDS:
                 block_k = block_k_of(top_k)
-                # Four ids a thread at a time: few trips to memory.
-                block_rows = max(warps * _WARP * 4 // block_k, 1)
+                # Two to four ids a thread at a time; the next tile is on its way meanwhile.
+                block_rows = max(warps * _WARP * (4 if shared else 2) // block_k, 1)
                 small = min(_SMALL_PASS // block_k, max(block_e, 128))
             else:
                 block_k = 1

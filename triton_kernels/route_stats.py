@@ -76,11 +76,6 @@ def _pick16(at, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14,
 
 
 @triton.jit
-def _add2(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
-
-
-@triton.jit
 def _add_max_add(a0, a1, a2, b0, b1, b2):
     return a0 + b0, tl.maximum(a1, b1), a2 + b2
 
@@ -99,43 +94,40 @@ def _count_ids(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    SOLO: tl.constexpr,
 ):
     """Counts [BLOCK_E], tokens and paddings of the tiles from `first_row` on, `row_step` apart."""
     slot = tl.arange(0, BLOCK_K)
     row_in_tile = tl.arange(0, BLOCK_ROWS)
     has_slot = (slot < num_columns)[None, :]
-    tile = data + (
-        (first_row + row_in_tile).to(tl.int64)[:, None] * row_stride
-        + slot.to(tl.int64)[None, :] * column_stride
+    tile = data + tl.cast(first_row, tl.int64) * row_stride
+    places = (
+        row_in_tile.to(tl.int64)[:, None] * row_stride + slot.to(tl.int64)[None, :] * column_stride
     )
+    tile_step = tl.cast(row_step, tl.int64) * row_stride
     counts = tl.zeros([BLOCK_E], dtype=tl.int32)
-    tokens = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
-    paddings = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
+    # A row's token is kept at its first slot: sums over all of a tile are cheaper than over rows.
+    first_slot = (slot == 0)[None, :]
+    tokens = tl.zeros([BLOCK_ROWS, BLOCK_K], dtype=tl.int32)
+    paddings = tl.zeros([BLOCK_ROWS, BLOCK_K], dtype=tl.int32)
+    # Loaded before it is known which rows are real, and the next tile while one is counted.
+    loaded = (row_in_tile < num_rows - first_row)[:, None] & has_slot
+    next_ids = tl.load(tile + places, mask=loaded, other=-1)
     for first in range(first_row, num_rows, row_step):
-        # Loaded before it is known which rows are real.
-        ids = tl.load(tile, mask=(row_in_tile < num_rows - first)[:, None] & has_slot, other=-1)
+        ids = next_ids
+        tile += tile_step
+        loaded = (row_in_tile < num_rows - row_step - first)[:, None] & has_slot
+        next_ids = tl.load(tile + places, mask=loaded, other=-1)
         has_row = row_in_tile < real_rows - first
         inside = has_row[:, None] & has_slot
         # Compared as they are, before they are narrowed: 2^32 + 3 is not expert 3.
         valid = inside & (ids >= 0) & (ids < E)
-        padding = tl.sum((inside & (ids == -1)).to(tl.int32), axis=1)
+        padding = (inside & (ids == -1)).to(tl.int32)
         paddings += padding
-        tokens += (has_row & (padding < num_columns)).to(tl.int32)
+        is_token = has_row & (tl.sum(padding, axis=1) < num_columns)
+        tokens += (is_token[:, None] & first_slot).to(tl.int32)
         # The histogram is undefined outside its range: what is no expert is masked out.
-        counts += tl.histogram(
-            tl.ravel(ids.to(tl.int32), can_reorder=True),
-            BLOCK_E,
-            mask=tl.ravel(valid, can_reorder=True),
-        )
-        tile += row_step.to(tl.int64) * row_stride
-    if SOLO:
-        all_tokens = tl.sum(tokens)
-        all_paddings = tl.sum(paddings)
-    else:
-        # Warps meet once for both.
-        all_tokens, all_paddings = tl.reduce((tokens, paddings), 0, _add2)
-    return counts, all_tokens, all_paddings
+        counts += tl.histogram(tl.ravel(ids.to(tl.int32)), BLOCK_E, mask=tl.ravel(valid))
+    return counts, tl.sum(tl.ravel(tokens)), tl.sum(tl.ravel(paddings))
 
 
 @triton.jit
@@ -158,15 +150,14 @@ def _count_map(
     row_in_tile = tl.arange(0, BLOCK_ROWS)
     column = expert >> 3 if PACKED else expert
     has_column = (expert < ((E + 7) // 8 * 8 if PACKED else E))[None, :]
-    tile = data + (
-        (first_row + row_in_tile).to(tl.int64)[:, None] * row_stride
-        + column.to(tl.int64)[None, :] * column_stride
-    )
-    chosen = tl.zeros([BLOCK_ROWS, BLOCK_E], dtype=tl.int32)
+    columns = column.to(tl.int64) * column_stride
+    rows = data + (first_row + row_in_tile).to(tl.int64) * row_stride
+    tile_step = tl.cast(row_step, tl.int64) * row_stride
+    counts = tl.zeros([BLOCK_E], dtype=tl.int32)
     missing = tl.zeros([BLOCK_ROWS], dtype=tl.int32)
     for first in range(first_row, num_rows, row_step):
         loaded = (row_in_tile < num_rows - first)[:, None] & has_column
-        values = tl.load(tile, mask=loaded, other=0).to(tl.int32)
+        values = tl.load(rows[:, None] + columns[None, :], mask=loaded, other=0).to(tl.int32)
         has_row = row_in_tile < real_rows - first
         values = tl.where(has_row[:, None], values, 0)
         if PACKED:
@@ -175,10 +166,9 @@ def _count_map(
         else:
             here = (values != 0).to(tl.int32)
             routed = tl.sum(here, axis=1)
-        chosen += here
+        counts += tl.sum(here, axis=0)
         missing += tl.where(has_row, tl.maximum(top_k - routed, 0), 0)
-        tile += row_step.to(tl.int64) * row_stride
-    counts = tl.sum(chosen, axis=0)
+        rows += tile_step
     invalid = tl.sum(tl.where(expert < E, 0, counts))
     return tl.where(expert < E, counts, 0), invalid, tl.sum(missing)
 
@@ -189,7 +179,8 @@ def _gini_numerator(counts, largest, E: tl.constexpr, BLOCK_E: tl.constexpr, SOR
     expert = tl.arange(0, BLOCK_E)
     real = expert < E
     BINS: tl.constexpr = max(BLOCK_E, 128)
-    if BLOCK_E > 32 and largest <= BINS:
+    BINNED: tl.constexpr = BLOCK_E > 32 if SORT else BLOCK_E == 256 or BLOCK_E == 512
+    if BINNED and largest <= BINS:
         # Sum over v of F(v) (E - F(v)), F(v) = experts with at most v tokens.
         bins = tl.histogram(counts, BINS, mask=real & (counts < BINS))
         at_most = tl.cumsum(bins, axis=0)
@@ -201,12 +192,15 @@ def _gini_numerator(counts, largest, E: tl.constexpr, BLOCK_E: tl.constexpr, SOR
         weighted = tl.where(rank >= 0, (2 * rank - E + 1).to(tl.int64) * ordered.to(tl.int64), 0)
         numerator = tl.sum(weighted)
     else:
-        # Few experts, or ids that repeat in a row: slow there, and small.
-        above = tl.zeros([BLOCK_E], dtype=tl.int32)
-        for other in range(E):
-            count = tl.sum(tl.where(expert == other, counts, 0))
-            above += (counts > count).to(tl.int32) - (counts < count).to(tl.int32)
-        numerator = tl.sum(tl.where(real, counts.to(tl.int64) * above.to(tl.int64), 0))
+        # From one count that occurs to the next one, F(v) stays: a step for each, and little code.
+        numerator = tl.full([], 0, tl.int64)
+        value = tl.full([], 0, tl.int32)
+        while value < largest:
+            above = counts > value
+            num_above = tl.sum(above.to(tl.int32))
+            following = tl.min(tl.where(above, counts, 0x7FFFFFFF))
+            numerator += (num_above * (E - num_above)).to(tl.int64) * (following - value)
+            value = following
     return numerator
 
 
@@ -377,9 +371,6 @@ def observe(
     BLOCK_E: tl.constexpr = max(32, triton.next_power_of_2(E))
     # One warp, whose sums are single instructions; as `build.variants()` launches it.
     SOLO: tl.constexpr = not SHARED and BLOCK_E <= 128
-    control = tl.multiple_of(control, 16)
-    totals = tl.multiple_of(totals, 16)
-    board = tl.multiple_of(board, 16)
     program = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     word = tl.arange(0, _BOARD_WORDS)
@@ -404,7 +395,7 @@ def observe(
     if FORM == _IDS:
         counts, tokens, paddings = _count_ids(
             data, first_row, num_rows, real_rows, row_step, num_columns, row_stride,
-            column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS, SOLO,
+            column_stride, E, BLOCK_E, BLOCK_K, BLOCK_ROWS,
         )  # fmt: skip
         invalid = 0
         dropped = 0
