@@ -21,7 +21,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test engines mutants gates lint sanitize fuzz bench-record wheel pythons
+CHECKS := demo test kernel engines mutants gates lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo zoo test check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo zoo test kernel check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -39,8 +39,13 @@ help: ## print this list
 demo: $(STAMPS)/package ## observe five small trained MoE models under six kinds of data, write results/demo/
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
-test: $(STAMPS)/package $(STAMPS)/dev ## all tests without engines (at most 10 minutes, install included)
-	$(BIN)/pytest tests --ignore=tests/engines --ignore=tests/mutants --ignore=tests/gates
+test: $(STAMPS)/package $(STAMPS)/dev ## all tests but those below (at most 10 minutes, install included)
+	$(BIN)/pytest tests $(addprefix --ignore=,tests/engines tests/mutants tests/gates $(KERNEL_TESTS))
+
+# Minutes in Triton's interpreter, which is slow.
+KERNEL_TESTS := tests/test_triton_route_stats.py tests/test_kernel_mutants.py $(wildcard tests/test_gpu_*.py)
+kernel: $(STAMPS)/package $(STAMPS)/dev ## the GPU kernel, interpreted, against the C++ writer; what gpu-check does, without a GPU
+	$(BIN)/pytest $(KERNEL_TESTS)
 
 zoo: $(STAMPS)/package ## train the five small models anew into results/zoo/ (about 20 minutes)
 	$(BIN)/python -m dodoco_ext.observatory.zoo --out results/zoo

@@ -72,7 +72,7 @@ void register_device(py::module_& m) {
       .def("close",
            [](DeviceLanes& lanes) {
              if (lanes.closed()) return;
-             const cuda::Stream stream = current_stream(lanes.device());
+             auto* stream = static_cast<cuda::Stream>(current_stream(lanes.device()));
              const py::gil_scoped_release others_may_run;
              lanes.close(stream);
            })

@@ -285,9 +285,9 @@ PyMethodDef kOps[] = {
 
 }  // namespace
 
-cuda::Stream current_stream(int device) {
+void* current_stream(int device) {
   void* stream = nullptr;
-  return find_stream(dlpack::kCuda, device, &stream) ? static_cast<cuda::Stream>(stream) : nullptr;
+  return find_stream(dlpack::kCuda, device, &stream) ? stream : nullptr;
 }
 
 void register_ops(py::module_& m) {

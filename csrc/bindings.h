@@ -3,8 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include "cuda_driver.h"
-
 namespace dodoco {
 
 void register_writer(pybind11::module_& m);
@@ -14,6 +12,6 @@ void register_device(pybind11::module_& m);
 
 // What torch says is the calling thread's stream of a device; null where it says nothing. Needs the
 // interpreter lock.
-cuda::Stream current_stream(int device);
+void* current_stream(int device);
 
 }  // namespace dodoco
