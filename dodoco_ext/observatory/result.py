@@ -135,7 +135,7 @@ class ModelFacts:
         architecture: Class name.
         num_parameters: All weights.
         vocab_size: Rows of the embedding.
-        training: The demo's record of training (`tiny.Training` as a dictionary), or None.
+        training: The model's card, or None.
         reused: The demo's model was found trained; None for other models.
     """
 
