@@ -92,7 +92,7 @@ class Device:
         return _C.DeviceLaneChoice(self._lanes, lane)
 
     def set(self, name: str, value: int, lane: int | None = None) -> None:
-        """Changes a setting in the order of the current stream.
+        """Changes a setting in the order of the current stream; logs it if the driver refuses.
 
         Args:
             name: One of the lane's settings, such as `num_valid`.
@@ -101,13 +101,15 @@ class Device:
 
         Raises:
             RuntimeError: The stream is capturing: a graph would set the value at each replay.
-            OSError: The driver refused.
         """
         import torch
 
         stream = torch.cuda.current_stream(self.index).cuda_stream
-        for each in range(self._lanes.num_lanes) if lane is None else (lane,):
-            self._lanes.set(each, name, value, stream)
+        try:
+            for each in range(self._lanes.num_lanes) if lane is None else (lane,):
+                self._lanes.set(each, name, value, stream)
+        except OSError as error:  # the device is in an error state, and the host will hear of it
+            log.error("%s=%d is not in effect on %s: %s", name, value, self.name, error)
 
     def get(self, name: str, lane: int = 0) -> int:
         """The value last set."""

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dodoco_ext import _C, __version__
-from dodoco_ext.device import FORMS, Device
+from dodoco_ext.device import FORMS, MAX_EXPERTS, Device
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.folders import distrust
 from dodoco_ext.pruning import prune
@@ -119,7 +119,8 @@ class Recorder:
             self.set("record_every", self.settings.record_every)
 
     def _set_up(self, name: str, first: int, count: int, forms: Collection[str]) -> None:
-        shapes = [(layer.num_experts, layer.top_k) for layer in self.layers]
+        # Wider layers are elsewhere: what compiles here must not fail for them.
+        shapes = [(x.num_experts, x.top_k) for x in self.layers if x.num_experts <= MAX_EXPERTS]
         try:
             self.devices[name] = Device(self._writer, name, first, count, shapes, forms)
         except Exception as error:  # telemetry never takes down its host

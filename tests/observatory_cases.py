@@ -100,9 +100,7 @@ def a_result(
     """A result with one Gini a pass and condition (64 experts, top 4, 1024 tokens), two layers alike."""
     conditions = [a_condition(name, kinds[name], values, loss) for name, values in gini.items()]
     return Result(
-        model=ModelFacts(
-            "planted <model>", "Planted", num_parameters, 2048, training, training and False
-        ),
+        model=ModelFacts("planted <model>", "Planted", num_parameters, 2048, training),
         seed=0,
         batch_size=8,
         num_batches=len(next(iter(gini.values()))),

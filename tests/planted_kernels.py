@@ -5,14 +5,14 @@ Run by test_kernel_mutants.py in a process of its own; prints what became of eac
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dodoco_ext.triton_kernels import route_stats
+from dodoco_ext.triton_kernels import counting, route_stats
 
 import twin_checks
 
@@ -128,37 +128,37 @@ FAULTS = {
 BARRIER = "tl.debug_barrier()"
 
 
-def mutants(source: str) -> Iterator[tuple[str, str, str]]:
-    """Name, check and source of each."""
+Sources = dict[str, str]  # of the kernel's modules, by name
+
+
+def mutants(sources: Sources) -> Iterator[tuple[str, str, Sources]]:
+    """Name, check and sources of each."""
     for name, (check, old, new) in FAULTS.items():
-        assert source.count(old) == 1, f"{name}: {source.count(old)} places"
-        yield name, check, source.replace(old, new)
-    parts = source.split(BARRIER)
+        places = {module: text.count(old) for module, text in sources.items() if old in text}
+        assert list(places.values()) == [1], f"{name}: {places}"
+        (module,) = places
+        yield name, check, {**sources, module: sources[module].replace(old, new)}
+    parts = sources["route_stats"].split(BARRIER)
     for index in range(1, len(parts)):
-        without = (
-            BARRIER.join(parts[:index])
-            + "pass"
-            + BARRIER.join(["", *parts[index:]])[len(BARRIER) :]
-        )
-        yield f"barrier {index} is missing", "order", without
+        without = f"{BARRIER.join(parts[:index])}pass{BARRIER.join(parts[index:])}"
+        yield f"barrier {index} is missing", "order", {**sources, "route_stats": without}
 
 
-def load(name: str, source: str, folder: Path) -> Any:
-    path = folder / f"{name}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module.observe
+def load(package: str, sources: Sources, folder: Path) -> Any:
+    """The kernel of these sources, as modules of a package of their own."""
+    (folder / package).mkdir()
+    for module, source in sources.items():
+        source = source.replace("from dodoco_ext.triton_kernels.", f"from {package}.")
+        (folder / package / f"{module}.py").write_text(source)
+    return importlib.import_module(f"{package}.route_stats").observe
 
 
 def main() -> None:
-    source = Path(route_stats.__file__).read_text()
+    modules = {"counting": counting, "route_stats": route_stats}
+    sources = {name: Path(module.__file__).read_text() for name, module in modules.items()}
     with tempfile.TemporaryDirectory() as folder:
-        for index, (name, check, mutant) in enumerate(mutants(source)):
+        sys.path.append(folder)
+        for index, (name, check, mutant) in enumerate(mutants(sources)):
             twin_checks.kernel = load(f"planted_{index}", mutant, Path(folder))
             try:
                 twin_checks.run(check)

@@ -13,6 +13,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 from dodoco_ext.triton_kernels import route_stats
 
 import twins
+from dodoco_ext import device
 from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS
 
 FORMAT = (Path(__file__).parents[1] / "csrc" / "format.h").read_text()
@@ -80,3 +81,9 @@ def test_constants_are_those_of_the_format(name: str, restated: object) -> None:
 
 def test_bounds_of_the_twins_are_those_of_the_format() -> None:
     assert [bound / 8 for bound in twins.MAX_MEAN_EIGHTHS] == list(MAX_OVER_MEAN_BOUNDS)
+
+
+def test_what_is_said_without_triton_is_what_the_kernel_knows() -> None:
+    assert device.MAX_EXPERTS == route_stats.MAX_EXPERTS
+    known = {"ids": route_stats.IDS, "map": route_stats.MAP, "bits": route_stats.BITS}
+    assert known == device.FORMS

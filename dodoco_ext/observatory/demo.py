@@ -66,7 +66,6 @@ def run_demo(
         facts = replace(
             observe.facts_of(loaded.model, loaded.name),
             training=training_facts(Card.read(model_folder(name))),
-            reused=True,
         )
         # Quiet: where kernels of other packages are missing is no news for models this small.
         with one_thread(), quiet():
@@ -95,7 +94,6 @@ def training_facts(card: Card) -> dict[str, Any]:
         "last_loss": card.last_loss,
         "aux_loss": card.last_aux_loss,
         "unigram_loss": {name: costs.unigram for name, costs in card.held_out.items()},
-        "seconds": card.cpu_seconds,
         "cpu_seconds": card.cpu_seconds,
         "versions": card.versions,
     }

@@ -136,7 +136,6 @@ class ModelFacts:
         num_parameters: All weights.
         vocab_size: Rows of the embedding.
         training: The model's card, or None.
-        reused: The demo's model was found trained; None for other models.
     """
 
     name: str
@@ -144,7 +143,6 @@ class ModelFacts:
     num_parameters: int
     vocab_size: int
     training: dict[str, Any] | None = None
-    reused: bool | None = None
 
 
 @dataclass(frozen=True)

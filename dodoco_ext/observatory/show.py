@@ -68,15 +68,7 @@ def print_comparison(
 
 def _model_line(result: Result) -> str:
     model = result.model
-    line = f"{model.name}: {model.architecture}, {model.num_parameters:,} parameters"
-    if model.training is not None:
-        how = "reused" if model.reused else "trained now"
-        training = model.training
-        line += (
-            f", {how} (weights {training['key'][:12]}, {training['num_steps']} steps, "
-            f"{training['seconds']:.0f} s, loss {training['first_loss']:.2f} to {training['last_loss']:.2f})"
-        )
-    return line
+    return f"{model.name}: {model.architecture}, {model.num_parameters:,} parameters"
 
 
 def _conditions(result: Result) -> Table:
