@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings.h"
+#include "divisor.h"
 #include "recording_writer.h"
 
 namespace py = pybind11;
@@ -35,7 +36,7 @@ void register_writer(py::module_& m) {
           [](Lane& lane, bool value) { lane.control()->enabled = value; })
       .def_property(
           "record_every", [](Lane& lane) { return lane.control()->record_every; },
-          [](Lane& lane, std::uint32_t value) { lane.control()->record_every = value; })
+          [](Lane& lane, std::uint32_t value) { set_record_every(lane.control(), value); })
       .def_property(
           "num_valid", [](Lane& lane) { return lane.control()->num_valid; },
           [](Lane& lane, std::int64_t value) { lane.control()->num_valid = value; })

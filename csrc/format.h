@@ -252,7 +252,7 @@ struct ControlBlock {          // one per lane, at a fixed address of the execut
   std::int64_t num_valid;      // rows that are real; the rest is padding. Negative: all
   std::uint32_t map_version;
   std::uint32_t microbatch;
-  // The rest is for device lanes; addresses are those of the executing device.
+  // The addresses and the clock are for device lanes, and those of the executing device.
   std::uint64_t ring;            // the lane's RingHeader in the mapped file
   std::uint64_t log2_slots;      // slots of the ring
   std::int64_t clock_offset_ns;  // device clock + this = monotonic clock of the host

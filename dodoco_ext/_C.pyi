@@ -107,7 +107,7 @@ class DeviceLanes:
     def begin_transfer(self, slot: int, stream: int) -> int: ...
     def end_transfer(
         self,
-        type: int,
+        kind: int,
         layer: int,
         iteration: int,
         advances: bool,
@@ -160,7 +160,7 @@ class RecordingReader:
 
 def push_transfer(
     lane: int,
-    type: int,
+    kind: int,
     layer: int,
     iteration: int,
     advances: int,
