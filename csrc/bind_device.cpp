@@ -66,8 +66,9 @@ extern "C" const char dodoco_fatbin_capture[], dodoco_fatbin_capture_end[];
 // The kernels of capture.cu; empty where they were not built.
 py::bytes transfer_code() {
 #if DODOCO_HAS_CUDA
-  return {dodoco_fatbin_capture,
-          static_cast<std::size_t>(dodoco_fatbin_capture_end - dodoco_fatbin_capture)};
+  const auto begin = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture);
+  const auto end = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture_end);
+  return {dodoco_fatbin_capture, end - begin};
 #else
   return {};
 #endif

@@ -100,10 +100,12 @@ DODOCO_BOTH inline std::uint64_t place_of_count(std::uint32_t index) {
          behind % kCountsInNextSlots;
 }
 
+constexpr std::uint32_t kRingHeaderWords = sizeof(RingHeader) / 8;
+
 class SlotWriter {  // words of the record at `head`, which may run over the ring's end
  public:
   DODOCO_BOTH SlotWriter(std::uint64_t* ring, std::uint64_t head, std::uint32_t log2_slots)
-      : slots_(ring + sizeof(RingHeader) / 8), head_(head), log2_slots_(log2_slots) {}
+      : slots_(ring + kRingHeaderWords), head_(head), log2_slots_(log2_slots) {}
 
   DODOCO_BOTH void put(std::uint64_t word, std::uint32_t value) const {
     const std::uint64_t slot = head_ + word / kSlotWords;
