@@ -12,7 +12,7 @@ from dodoco_ext.errors import InputError, NothingToObserve
 from dodoco_ext.recorder import LayerSpec
 
 from .attribution import LayerScopes
-from .transformers import find_routers
+from .transformers import moe_blocks
 
 _MISSING = object()
 
@@ -72,13 +72,14 @@ def blocks_of(
         InputError: Not one of the first three is given, or they are other layers than the recorded.
         NothingToObserve: The model has no MoE block.
     """
-    given = [name for name, value in (("layers", layers), ("model", model), ("modules", modules)) if value is not None]  # fmt: skip
+    sources = {"layers": layers, "model": model, "modules": modules}
+    given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1 or (not given and recorded is None):
         what = " and ".join(given) or "nothing"
         raise InputError(f"{what} given: give one of layers=, model= and modules=")
     named: dict[str, torch.nn.Module | None]
     if model is not None:
-        named = {router.name: router.block for router in find_routers(model).routers}
+        named = {**moe_blocks(model)}
         if not named:
             raise NothingToObserve(
                 f"no MoE block in {type(model).__name__}: give modules=, the MoE modules themselves"

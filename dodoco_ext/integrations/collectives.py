@@ -114,7 +114,7 @@ def _alltoall_base(
     work = torch.ops.c10d.alltoall_base_.default.redispatch(
         keys & _BELOW, output, input, group, output_split_sizes, input_split_sizes, async_op, timeout
     )
-    return work if done is None else _watch(work, done, output, async_op)
+    return work if done is None else _watch(work, done, listener, output, async_op)
 
 
 def _alltoall(
@@ -134,7 +134,7 @@ def _alltoall(
     results, work = torch.ops.c10d.alltoall_.default.redispatch(
         keys & _BELOW, outputs, inputs, group, async_op, timeout
     )
-    return results, work if done is None else _watch(work, done, outputs[0], async_op)
+    return results, work if done is None else _watch(work, done, listener, outputs[0], async_op)
 
 
 def _rows_of(tensor: torch.Tensor) -> int:
@@ -145,7 +145,9 @@ def _equal_splits(tensor: torch.Tensor, num_ranks: int) -> list[int]:
     return [_rows_of(tensor) // num_ranks] * num_ranks
 
 
-def _watch(work: Any, done: Done, like: torch.Tensor, async_op: bool) -> Any:
+def _watch(
+    work: Any, done: Done, listener: Listener | None, like: torch.Tensor, async_op: bool
+) -> Any:
     """What the caller gets for a work that has begun: end stamps are taken where it is waited for."""
     if like.is_cuda and not torch.cuda.is_current_stream_capturing():
         done(False)  # queued only: the host knows neither when it begins nor when it ends
@@ -155,14 +157,15 @@ def _watch(work: Any, done: Done, like: torch.Tensor, async_op: bool) -> Any:
         inner.wait()  # as the caller does next
         done(True)
         return work
-    return ObservedWork(inner, done).boxed()
+    return ObservedWork(inner, done, listener).boxed()
 
 
 class ObservedWork(dist.Work):
     """A work of the backend's, and word of the moment when its consumer has waited for it."""
 
-    def __init__(self, inner: dist.Work, done: Done) -> None:
+    def __init__(self, inner: dist.Work, done: Done, listener: Listener | None) -> None:
         super().__init__()
+        self.listener = listener
         self._inner = inner
         self._done: Done | None = done
         _not_waited.add(self)
@@ -226,10 +229,11 @@ for _name in (
         setattr(ObservedWork, _name, _delegate(_name))
 
 
-def end_unfinished() -> None:
+def end_unfinished(listener: Listener) -> None:
     """Ends what nobody has waited for: it was executed, for a time that nobody knows."""
     for work in [*_not_waited]:
-        work.end(timed=False)
+        if work.listener is listener:
+            work.end(timed=False)
 
 
 def _listener_named(name: str) -> tuple[Listener | None, int]:
