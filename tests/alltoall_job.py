@@ -28,6 +28,8 @@ class Job:
         recompute: "", "reentrant" or "saved": activation checkpointing of each layer.
         idle: A rank that has no tokens at all; -1: none.
         captured: Whether anything is captured.
+        paired_blocks: Pairs of timed blocks of `iterations`, bare and captured in a random order that
+            all ranks share; 0: nothing is timed.
     """
 
     folder: str
@@ -43,6 +45,7 @@ class Job:
     recompute: str = ""
     idle: int = -1
     captured: bool = True
+    paired_blocks: int = 0
 
 
 def run(job: Job, timeout_s: float = 240) -> list[dict[str, Any]]:
@@ -77,12 +80,18 @@ def train(job: Job, rank: int) -> dict[str, Any]:
         MoELayer(job.hidden, job.experts, job.top_k, dist.group.WORLD, job.style)
         for _ in range(job.layers)
     )
-    capture = None
-    if job.captured:
-        where: dict[str, Any] = {"layers": job.layers}
-        if job.placed == "modules":
-            where = {"modules": [*model]}
-        capture = dodoco.capture_alltoall(**where, num_experts=job.experts)
+    where: dict[str, Any] = {"layers": job.layers}
+    if job.placed == "modules":
+        where = {"modules": [*model]}
+
+    def start() -> Any:
+        return dodoco.capture_alltoall(**where, num_experts=job.experts)
+
+    if job.paired_blocks:
+        timed = _paired(job, model, start)
+        dist.destroy_process_group()
+        return timed
+    capture = start() if job.captured else None
 
     def layer(index: int, tokens: torch.Tensor) -> torch.Tensor:
         if capture is not None and job.placed == "explicit":
@@ -121,6 +130,39 @@ def train(job: Job, rank: int) -> dict[str, Any]:
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def _paired(job: Job, model: Any, start: Any) -> dict[str, Any]:
+    """Seconds of blocks with and without a capture, side by side."""
+    import random
+
+    import torch
+    import torch.distributed as dist
+
+    tokens = torch.randn(job.tokens, job.hidden)
+
+    def block() -> float:
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(job.iterations):
+            hidden = tokens.clone().requires_grad_()
+            for module in model:
+                hidden = hidden + module(hidden)
+            hidden.square().sum().backward()
+        dist.barrier()
+        return time.perf_counter() - began
+
+    seconds: dict[str, list[float]] = {"bare_s": [], "captured_s": []}
+    order = random.Random(0)  # the same in all ranks
+    block()
+    for _ in range(job.paired_blocks):
+        for name in order.sample([*seconds], 2):
+            capture = start() if name == "captured_s" else None
+            block()  # what starting costs, and cold caches, are not the run's
+            seconds[name].append(block())
+            if capture is not None:
+                capture.close()
+    return {**seconds}
 
 
 def main() -> int:

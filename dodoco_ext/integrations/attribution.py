@@ -140,6 +140,28 @@ class Attribution:
         self._remember(call)
         return call
 
+    def is_forward(self) -> bool:
+        """Whether the thread runs a forward pass, maybe again, and not a backward function."""
+        task, entered = _graph_task(), self.scopes.entered
+        return task == -1 or (bool(entered) and entered[-1].task == task)
+
+    def place_dispatch(self, row_bytes: int) -> Call | None:
+        """The same for a call that says itself that it is a dispatch, with splits on the device."""
+        if not self.is_forward():
+            return None
+        entered = self.scopes.entered
+        if entered:
+            return self._in_scope(
+                _Scope(entered[-1].layer, DISPATCH, entered[-1].task), _graph_task(), None, row_bytes
+            )
+        layer = -1
+        if self.ordered:
+            layer = self.order.calls // 2 % self.num_layers
+            self.order.calls += 2
+        call = Call(layer, DISPATCH, None, row_bytes)
+        self._remember(call)
+        return call
+
     def _in_scope(
         self,
         scope: _Scope,

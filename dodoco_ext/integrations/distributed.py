@@ -49,7 +49,8 @@ class AlltoAllCapture:
         layers: The layers that transfers are recorded of.
         passed_over: Calls on the group that were not recorded, by reason: `control` (integers, or
             single numbers and no rows), `outside` (of every layer's scope), `extra` (more than one
-            call in the scope of one transfer), `unattributed` (a backward or recomputed call that fits no
+            call in the scope of one transfer), `async_finish` (of DeepEP: nothing tells when such a call is waited
+            for), `low latency` (likewise, without counters of ours), `unattributed` (a backward or recomputed call that fits no
             forward one; also counted as a fault in the recording).
     """
 
