@@ -25,7 +25,8 @@ void register_writer(py::module_& m) {
       .value("INTERNAL", Fault::kInternal)
       .value("NO_DEVICE", Fault::kNoDevice)
       .value("NO_LANE", Fault::kNoLane)
-      .value("DEVICE_ERROR", Fault::kDeviceError);
+      .value("DEVICE_ERROR", Fault::kDeviceError)
+      .value("UNATTRIBUTED", Fault::kUnattributed);
 
   // The settings of a lane that may change while it records. Lanes are never freed.
   py::class_<Lane, std::unique_ptr<Lane, py::nodelete>>(m, "Lane")

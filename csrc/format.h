@@ -59,6 +59,7 @@ enum class Fault : std::uint32_t {
   kNoDevice = 7,     // the device could not be set up: its layers are not recorded
   kNoLane = 8,       // more streams at the same time than lanes
   kDeviceError = 9,  // a launch was refused
+  kUnattributed = 10,  // an AlltoAll that fits no layer or no forward one
 };
 
 struct FileHeader {

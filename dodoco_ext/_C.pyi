@@ -45,6 +45,7 @@ class Fault(enum.Enum):
     NO_DEVICE = 7
     NO_LANE = 8
     DEVICE_ERROR = 9
+    UNATTRIBUTED = 10
 
 class Lane:
     @property
