@@ -192,7 +192,8 @@ def _show_list(source: str | None, *, as_json: bool) -> None:
     from dodoco_ext.sources import find
     from dodoco_ext.views import listing
 
-    folders = (Path(source),) if source else settings.Settings.from_environment().directories()
+    own = settings.Settings.from_environment()
+    folders = (Path(source),) if source else own.reading_directories()
     recordings = [listing.describe(found) for found in find(folders)]
     if as_json:
         click.echo(listing.to_json(recordings, folders))
@@ -260,6 +261,53 @@ def _prune(source: str | None, *, as_json: bool) -> None:
 
 
 @cli.command(
+    "run",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="\b\nExamples:\n"
+    "  dodoco run --archive runs -- python train.py\n"
+    "  dodoco run --archive runs -- torchrun --nproc-per-node 8 train.py\n"
+    "  srun dodoco run --archive /project/runs -- python train.py\n"
+    "  dodoco run --archive runs                     archive what killed supervisors left\n"
+    "\b\nExit code: that of COMMAND; 128 + n if signal n ended it; 126 or 127 if it cannot be started.",
+)
+@click.option("--archive", metavar="DIR", help="Copy its recordings to DIR when it ends or dies.")
+@click.option("--run", "name", metavar="NAME", help="Name of the run, as DODOCO_RUN would set it.")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to wait for processes that COMMAND left behind.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def run_(
+    ctx: click.Context,
+    archive: str | None,
+    name: str | None,
+    grace_s: float,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND, outlive it, and archive what it recorded.
+
+    The processes that COMMAND starts share the name of one run. Signals are passed on to it. With
+    --archive they record into a private folder (DODOCO_DIR if that is set), and when COMMAND ends, or is
+    killed, all their recordings are copied to DIR, whole. What a killed supervisor leaves, the next
+    one archives.
+    """
+    _start_lean()
+    from dodoco_ext.supervisor import Supervisor, collect_abandoned
+
+    if not command and archive is not None:
+        collect_abandoned(settings.Settings.from_environment().directories())
+        return
+    target = None if archive is None else Path(archive)
+    ctx.exit(Supervisor(command, archive=target, run=name, grace_s=grace_s)())
+
+
+@cli.command(
     epilog="\b\nExamples:\n"
     "  dodoco doctor\n"
     "  dodoco doctor --json | jq '.checks[] | select(.status != \"ok\")'\n"
@@ -289,6 +337,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; errors are on stderr, one line each."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = given[: given.index("--")] if "--" in given else given
+    if "run" in options[:2] and options is given:
+        options = given[: given.index("run") + 1]  # what follows may be the options of its command
     # Taken at any place: it is added to a command that has just failed.
     debug = settings.debug() or "--debug" in options
     given = [text for text in options if text != "--debug"] + given[len(options) :]

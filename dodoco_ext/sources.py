@@ -43,7 +43,7 @@ def find(directories: tuple[Path, ...] | None = None) -> list[Listed]:
     """
     found: list[tuple[float, Path]] = []
     refusals: list[RecordingError] = []
-    for directory in directories or Settings.from_environment().directories():
+    for directory in directories or Settings.from_environment().reading_directories():
         try:
             paths = _files_in(directory)
         except RecordingError as error:
