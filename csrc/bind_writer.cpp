@@ -12,6 +12,7 @@ namespace dodoco {
 void register_writer(py::module_& m) {
   m.attr("SITE_BYTES") = sizeof(Site);
   m.attr("MAX_LANES") = kMaxLanes;
+  m.attr("MAX_RANKS") = kMaxRanks;
 
   py::enum_<Fault>(m, "Fault")
       .value("NONE", Fault::kNone)
@@ -27,6 +28,8 @@ void register_writer(py::module_& m) {
 
   // The settings of a lane that may change while it records. Lanes are never freed.
   py::class_<Lane, std::unique_ptr<Lane, py::nodelete>>(m, "Lane")
+      .def_property_readonly(
+          "address", [](const Lane& lane) { return reinterpret_cast<std::uintptr_t>(&lane); })
       .def_property(
           "enabled", [](Lane& lane) { return lane.control()->enabled != 0; },
           [](Lane& lane, bool value) { lane.control()->enabled = value; })
@@ -48,10 +51,11 @@ void register_writer(py::module_& m) {
       .def(py::init([](std::string path, std::string metadata,
                        const std::vector<std::pair<std::uint32_t, std::uint32_t>>& layers,
                        std::uint32_t num_lanes, std::uint64_t max_bytes, std::uint32_t mode,
-                       std::uint32_t rank, std::uint32_t world_size) {
+                       std::uint32_t rank, std::uint32_t world_size, std::uint32_t group_size,
+                       std::uint32_t group_index) {
              RecordingSpec spec{
-                 std::move(path), std::move(metadata), {}, num_lanes, max_bytes, mode, rank,
-                 world_size};
+                 std::move(path), std::move(metadata), {},         num_lanes, max_bytes, mode, rank,
+                 world_size,      group_size,          group_index};
              for (const auto& [num_experts, top_k] : layers)
                spec.layers.push_back({num_experts, top_k});
              try {
@@ -65,7 +69,8 @@ void register_writer(py::module_& m) {
            }),
            py::arg("path"), py::arg("metadata"), py::arg("layers"), py::kw_only(),
            py::arg("num_lanes") = 1, py::arg("max_bytes") = std::uint64_t{8} << 20,
-           py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1)
+           py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1,
+           py::arg("group_size") = 0, py::arg("group_index") = 0)
       .def("lane", &RecordingWriter::lane, py::return_value_policy::reference)
       .def(
           "bind_site",

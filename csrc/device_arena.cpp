@@ -30,6 +30,8 @@ DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane
     widest = std::max(widest, padded);
   }
   board_bytes_ = writer.section(SectionKind::kBoard, first_lane).bytes;
+  if (writer.group_size() != 0)
+    traffic_bytes_ = aligned(writer.section(SectionKind::kTraffic, first_lane).bytes);
   scratch_bytes_ = aligned((kScratchCounts + widest) * 4);
   const auto take = [&](std::uint64_t bytes) {
     const std::uint64_t at = bytes_;
@@ -42,6 +44,7 @@ DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane
   clock_ = take(8);
   scratch_ = take(num_lanes * scratch_bytes_);
   totals_ = take(num_lanes * board_bytes_);
+  traffic_ = take(num_lanes * traffic_bytes_);
 }
 
 std::vector<std::uint8_t> DeviceArena::image(const RecordingWriter& writer, std::uint64_t arena,

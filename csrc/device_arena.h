@@ -34,12 +34,13 @@ class DeviceArena {
   std::uint64_t clock() const { return clock_; }
   std::uint64_t scratch(std::uint32_t lane) const { return scratch_ + lane * scratch_bytes_; }
   std::uint64_t totals(std::uint32_t lane) const { return totals_ + lane * board_bytes_; }
+  std::uint64_t traffic(std::uint32_t lane) const { return traffic_ + lane * traffic_bytes_; }
 
  private:
   std::uint32_t first_lane_ = 0, num_lanes_ = 0;
-  std::uint64_t lanes_ = 0, sites_ = 0, clock_ = 0, scratch_ = 0, totals_ = 0;
+  std::uint64_t lanes_ = 0, sites_ = 0, clock_ = 0, scratch_ = 0, totals_ = 0, traffic_ = 0;
   std::uint64_t zeroed_ = 0, bytes_ = 0;
-  std::uint64_t scratch_bytes_ = 0, board_bytes_ = 0;
+  std::uint64_t scratch_bytes_ = 0, board_bytes_ = 0, traffic_bytes_ = 0;
 };
 
 }  // namespace dodoco

@@ -18,6 +18,7 @@ import pytest
 import described
 from dodoco_ext import _C
 from dodoco_ext.recording import RECORD_DTYPE
+from dodoco_ext.transfers import TRANSFER_DTYPE
 from format_reader import FormatReader
 
 TESTS = Path(__file__).resolve().parent
@@ -256,7 +257,15 @@ def test_the_tables_of_fields_equal_the_header_file(heading: str, struct_name: s
     assert documented == fields(struct_name)
 
 
-@pytest.mark.parametrize(("heading", "enum"), [("## Board", "BoardWord"), ("## Ring", "RouteWord")])
+@pytest.mark.parametrize(
+    ("heading", "enum"),
+    [
+        ("## Board", "BoardWord"),
+        ("## Ring", "RouteWord"),
+        ("### Transfers", "TransferWord"),
+        ("## Traffic", "TrafficWord"),
+    ],
+)
 def test_the_tables_of_words_equal_the_header_file(heading: str, enum: str) -> None:
     table = {row[1]: int(row[0]) for row in rows(heading, "word") if row[1]}
     assert table == enumerators(enum)
@@ -284,6 +293,10 @@ def test_the_numbers_of_the_document_equal_the_header_file() -> None:
         "kGiniBins": "follow, 20 x {}",
         "kMaxMeanBins": "follow, 20 x {}",
         "kSlotWords": "of 128 bytes: {} words",
+        "kMaxRanks": "`num_ranks` is 1 to {}",
+        "kCountsInFirstSlot": "1 slot where n is at most {}",
+        "kCountsInNextSlots": "else 1 + (n - 3) / {} of them",
+        "kMaxRecordSlots": "rounded up, at most {}",
     }
     for name, sentence in numbers.items():
         assert sentence.format(known[name]) in said, name
@@ -312,12 +325,21 @@ def test_every_state_of_a_file_is_documented() -> None:
     assert table == named | {"live", "closed", "dead"}
 
 
-def test_the_dtype_of_records_equals_the_header_file() -> None:
-    """What `RECORD_DTYPE` mirrors has the order and the widths that C++ writes."""
+@pytest.mark.parametrize(
+    ("dtype", "struct_name"),
+    [(RECORD_DTYPE, "RouteRecord"), (TRANSFER_DTYPE, "TransferRecord")],
+    ids=["route", "transfer"],
+)
+def test_the_dtype_of_records_equals_the_header_file(
+    dtype: np.dtype[np.void], struct_name: str
+) -> None:
+    """What a dtype mirrors has the order and the widths that C++ writes."""
     source = (ROOT / "csrc" / "recording_reader.h").read_text()
-    body = re.search(r"struct RouteRecord {(.*?)\n};", source, re.DOTALL)
+    body = re.search(rf"struct {struct_name} {{(.*?)\n}};", source, re.DOTALL)
     assert body is not None
-    members = re.findall(r"std::uint(\d+)_t (\w+);", body[1])
-    assert [name for _, name in members] == list(RECORD_DTYPE.names or ())
-    widths = [RECORD_DTYPE[name].itemsize * 8 for _, name in members]
-    assert widths == [int(bits) for bits, _ in members]
+    members = [
+        (name, int(bits))
+        for bits, names in re.findall(r"std::uint(\d+)_t ([\w, ]+);", body[1])
+        for name in names.split(", ")
+    ]
+    assert members == [(name, dtype[name].itemsize * 8) for name in dtype.names or ()]
