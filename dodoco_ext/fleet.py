@@ -89,6 +89,7 @@ class Fleet:
         missing: Ranks without a readable recording, and why.
         unread: All files that could not be read.
         superseded: Older recordings of ranks that have a newer one.
+        unrouted: Names of layers whose router no rank observes: only transfers are recorded of them.
         groups: The groups of ranks that recorded transfers between them.
         foreign: Other runs whose recordings lie in the same folder, with their number; for `open()` with
             a folder or a file.
@@ -107,6 +108,7 @@ class Fleet:
         names = {rank: _layers_of(reader) for rank, reader in self.ranks.items()}
         self._lanes = {rank: int(r.header["num_lanes"]) for rank, r in self.ranks.items()}
         self.layers = _matched(names, {rank: r.path for rank, r in self.ranks.items()})
+        self.unrouted = unrouted(self.ranks.values())
         self.groups: tuple[RankGroup, ...] = groups_of(self.ranks, self.missing)
         self.foreign = {}
         place = {layer.name: index for index, layer in enumerate(self.layers)}
@@ -228,6 +230,17 @@ class Fleet:
     def num_layers(self, rank: int) -> int:
         """How many layers a rank's recording has."""
         return len(self._places[rank])
+
+
+def unrouted(readers: Iterable[Reader]) -> frozenset[str]:
+    """Names of layers of which recordings say that no router is observed, and none that one is."""
+    said: dict[str, bool] = {}
+    for reader in readers:
+        for layer in reader.metadata["layers"]:
+            routed = not (isinstance(layer, dict) and layer.get("routed") is False)
+            name = str(layer["name"])
+            said[name] = said.get(name, False) or routed
+    return frozenset(name for name, routed in said.items() if not routed)
 
 
 def run_of(reader: Reader) -> str:

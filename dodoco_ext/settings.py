@@ -129,6 +129,12 @@ def job_name(env: Mapping[str, str]) -> str | None:
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]
 
 
+def variables(*, run: str | None = None, directory: Path | None = None) -> dict[str, str]:
+    """The environment that asks for a run's name, or a folder."""
+    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory}
+    return {name: str(value) for name, value in asked.items() if value is not None}
+
+
 def _integer(env: Mapping[str, str], names: tuple[str, ...], default: int, *, minimum: int) -> int:
     for name in names:
         text = env.get(name)

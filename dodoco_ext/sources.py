@@ -128,6 +128,11 @@ def resolve(source: str | int | os.PathLike[str] | None) -> Path:
     return _latest(by_pid or named, f"no recording of process {text}, nor a run of that name", None)
 
 
+def means_one(source: str) -> bool:
+    """Whether a SOURCE means one recording by itself: a file, a recording's name, a process."""
+    return Path(source).is_file() or source.isdecimal() or source.endswith(SUFFIX)
+
+
 def _latest(recordings: list[Listed], complaint: str, where: Path | None) -> Path:
     for recording in recordings:
         if recording.reader is not None:

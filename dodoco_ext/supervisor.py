@@ -15,7 +15,7 @@ from pathlib import Path
 from dodoco_ext.archive import Collector, of_this_job
 from dodoco_ext.errors import InputError
 from dodoco_ext.folders import distrust
-from dodoco_ext.settings import SUPERVISED, Settings, job_name, supervised
+from dodoco_ext.settings import SUPERVISED, Settings, job_name, supervised, variables
 
 EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 126, 127, 128
 
@@ -59,12 +59,10 @@ class Supervisor:
         self.grace_s = grace_s
         self.archive = None if archive is None else archive.absolute()
         self.environ = dict(os.environ if environ is None else environ)
-        if run is not None:
-            self.environ["DODOCO_RUN"] = run
+        self.environ.update(variables(run=run))
         self.settings = Settings.from_environment(self.environ)
         self.run = self.settings.run or job_name(self.environ) or self._invented()
-        if self.run is not None:
-            self.environ["DODOCO_RUN"] = self.run
+        self.environ.update(variables(run=self.run))
 
     def __call__(self) -> int:
         """Runs the command to its end.
@@ -118,7 +116,7 @@ class Supervisor:
         except InputError as error:  # telemetry never takes down its host
             say(f"WARNING: nothing will be archived: {error}")
             return None
-        self.environ["DODOCO_DIR"] = str(folder)
+        self.environ.update(variables(directory=folder))
         return Collector(folder, self.archive)
 
     def _finish(self, collector: Collector | None) -> None:

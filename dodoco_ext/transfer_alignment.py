@@ -117,7 +117,8 @@ class AlignedTransfers:
     @cached_property
     def complete(self) -> Mask:
         """Whether every rank of the group has, [n]. Never where one is absent."""
-        return self.present.all(axis=1)
+        everywhere: Mask = np.all(self.present, axis=1)
+        return everywhere
 
     @property
     def sound(self) -> Mask:
@@ -197,7 +198,7 @@ class AlignedTransfers:
 
     def of(self, type: int, *, backward: bool = False, layer: int | None = None) -> Mask:  # noqa: A002
         """The rows of one operation that is no recomputation, and of one layer, [n]."""
-        kind = (self.keys["type"] == type) & ~self.keys["recompute"]
+        kind: Mask = (self.keys["type"] == type) & ~self.keys["recompute"]
         kind &= self.keys["direction"] == int(backward)
         return kind if layer is None else kind & (self.keys["layer"] == layer)
 
@@ -302,12 +303,13 @@ def _occurrences(keys: NDArray[np.void]) -> NDArray[np.int64]:
 
 
 def _pairs(
-    columns: Sequence[Member | None], rows: NDArray[np.int64]
+    rows: NDArray[np.int64],
 ) -> list[tuple[int, int, NDArray[np.int64]]]:
     """Each sender and receiver with the rows that both have a record of."""
     there = rows >= 0
-    held = [index for index, member in enumerate(columns) if member is not None]
-    return [(i, j, np.flatnonzero(there[:, i] & there[:, j])) for i in held for j in held]
+    held = np.flatnonzero(there.any(axis=0)).tolist()
+    pairs = ((i, j, np.flatnonzero(there[:, i] & there[:, j])) for i in held for j in held)
+    return [(i, j, both) for i, j, both in pairs if len(both)]
 
 
 def _compared(
@@ -316,7 +318,7 @@ def _compared(
     """Which rows hold no contradiction, and in how many each pair contradicts itself."""
     agree = np.ones(len(rows), bool)
     disputes = np.zeros((len(columns),) * 2, np.int64)
-    for i, j, both in _pairs(columns, rows):
+    for i, j, both in _pairs(rows):
         source, destination = columns[i], columns[j]
         assert source is not None
         assert destination is not None
@@ -332,7 +334,7 @@ def _compared(
 def _apart(columns: Sequence[Member | None], rows: NDArray[np.int64]) -> Mask:
     """Which rows have been received by a rank before another sent."""
     apart = np.zeros(len(rows), bool)
-    for i, j, both in _pairs(columns, rows):
+    for i, j, both in _pairs(rows):
         source, destination = columns[i], columns[j]
         assert source is not None
         assert destination is not None

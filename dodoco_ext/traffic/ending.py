@@ -9,7 +9,6 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from dodoco_ext import metrics
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.fleet import Fleet
 from dodoco_ext.recording import ROUTE
@@ -150,10 +149,9 @@ def _hottest(
             hot = HotExpert(layer, expert, group.ranks[int(place)], count, over, "window")
             if layer not in found or found[layer].over_mean < over:
                 found[layer] = hot
-    for layer in fleet.snapshot().layers:
-        if layer.name not in found and layer.assignments:
-            expert = int(layer.counts.argmax())
-            over = float(metrics.max_over_mean(layer.counts))
-            count = int(layer.counts[expert])
-            found[layer.name] = HotExpert(layer.name, str(expert), None, count, over, "run")
+    for board in fleet.snapshot().layers:
+        if board.name not in found and board.assignments:
+            busiest, over = int(board.counts.argmax()), float(board.max_over_mean)
+            count = int(board.counts[busiest])
+            found[board.name] = HotExpert(board.name, str(busiest), None, count, over, "run")
     return tuple(sorted(found.values(), key=lambda hot: (hot.scope != "window", -hot.over_mean)))

@@ -193,14 +193,17 @@ def _by_token(num_tokens: int, num_experts: int, top_k: int, num_ranks: int) -> 
         rows = np.maximum(num_tokens * hit + noise, 0.0)
     ginis, peaks = np.asarray(metrics.gini(rows)), np.asarray(metrics.max_over_mean(rows))
     squares = ginis**2
-    bands = [(np.quantile(x, 0.025), np.quantile(x, 0.975)) for x in (ginis, peaks)]
+    low, high = (np.quantile(ginis, q) for q in (0.025, 0.975))
+    peak_low, peak_high = (np.quantile(peaks, q) for q in (0.025, 0.975))
     return nulls.Null(
         float(ginis.mean()),
-        *map(float, bands[0]),
+        float(low),
+        float(high),
         float(squares.mean()),
         float(squares.std()),
         float(peaks.mean()),
-        *map(float, bands[1]),
+        float(peak_low),
+        float(peak_high),
     )
 
 
@@ -212,4 +215,5 @@ def _routed(
     experts = np.argpartition(scores, top_k - 1, axis=1)[:, :top_k]
     hit = np.zeros((num_tokens, num_ranks), bool)
     np.put_along_axis(hit, experts // (num_experts // num_ranks), True, axis=1)
-    return hit.sum(axis=0)
+    rows: NDArray[np.int64] = hit.sum(axis=0, dtype=np.int64)
+    return rows

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dodoco_ext.recording import RECORD_DTYPE
 from dodoco_ext.traffic.standing import row_times
 from dodoco_ext.traffic.waiting import waiting
 from dodoco_ext.transfer_alignment import AlignedTransfers, Mask
@@ -54,12 +56,12 @@ def steps_of(
     number: int,
 ) -> tuple[Step, ...]:
     """The steps before the end of a run, the earliest first; `number` of `step_s` seconds."""
-    passes = np.concatenate([*routes.values()]) if routes else np.empty(0)
-    pass_step = _step_of(passes["time_ns"], end_ns, step_s) if len(passes) else np.empty(0)
+    passes = np.concatenate([*routes.values()]) if routes else np.empty(0, RECORD_DTYPE)
+    pass_step = _step_of(passes["time_ns"], end_ns, step_s)
     group_steps = [_step_of(row_times(group), end_ns, step_s) for group in groups]
     return tuple(
         _step(
-            passes[pass_step == step] if len(passes) else passes,
+            passes[pass_step == step],
             groups,
             [steps == step for steps in group_steps],
             float(step_s * (step + 1)),
@@ -68,8 +70,8 @@ def steps_of(
     )
 
 
-def _step_of(times: NDArray[np.void], end_ns: int, step_s: int) -> NDArray[np.int64]:
-    return (end_ns - times.astype(np.int64)) // (step_s * 1_000_000_000)
+def _step_of(times: NDArray[np.integer[Any]], end_ns: int, step_s: int) -> NDArray[np.int64]:
+    return (end_ns - times.astype(np.int64)) // np.int64(step_s * 1_000_000_000)
 
 
 def _step(
@@ -80,7 +82,7 @@ def _step(
 ) -> Step:
     received: dict[int, int] = {}
     waited, transfers = 0.0, 0
-    iterations = [passes["iteration"]] if len(passes) else []
+    iterations = [passes["iteration"]]
     for group, mask in zip(groups, chosen, strict=True):
         rows = group.received_rows(counted(group) & mask).sum(axis=0)
         received.update(
@@ -91,7 +93,7 @@ def _step(
         waited += float(waiting(group, mask).waited_ns.sum()) / 1e9
         transfers += int(group.present[mask].sum())
         iterations.append(group.keys["iteration"][mask])
-    every = np.concatenate(iterations) if iterations else np.empty(0)
+    every = np.concatenate(iterations)
     total = sum(received.values())
     busiest = max(received, key=lambda rank: received[rank]) if total else None
     peak = nan if busiest is None else received[busiest] * len(received) / total
@@ -100,7 +102,7 @@ def _step(
         first=int(every.min()) if len(every) else -1,
         last=int(every.max()) if len(every) else -1,
         passes=len(passes),
-        tokens=int(passes["tokens"].sum(dtype=np.uint64)) if len(passes) else 0,
+        tokens=int(passes["tokens"].sum(dtype=np.uint64)),
         transfers=transfers,
         rows=total,
         max_over_mean=peak,
