@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import set_current_microbatch
 
 import dodoco_ext
+from dodoco_ext.settings import Settings
 
 STEPS, MICROBATCHES = 2, 2
 
@@ -58,7 +60,7 @@ def held(model: Any) -> list[tuple[str, dict[str, int]]]:
     return found
 
 
-def run(case: str, rank: int, ranks: int) -> dict[str, Any]:
+def run(case: str, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     recompute, dispatcher, *guarded = case.split(":")
     settings = {"recompute": recompute, "moe_token_dispatcher_type": dispatcher}
     bare = megatron_cpu.build(expert_parallel=ranks, **settings)
@@ -73,10 +75,13 @@ def run(case: str, rank: int, ranks: int) -> dict[str, Any]:
     bare_losses = train(bare, rank)
 
     model = megatron_cpu.build(expert_parallel=ranks, **settings)
+    set_current_microbatch(model, 0)
     with torch.no_grad():  # makes attributes that dispatchers get with their first pass
         megatron_cpu.loss_of(model, torch.zeros(1, megatron_cpu.SEQUENCE, dtype=torch.long))
     before = held(model)
-    attachment = dodoco_ext.megatron.attach(model, labels={"case": case})
+    # A folder for each: in one folder, only the last two recordings of a rank are kept.
+    where = replace(Settings.from_environment(), directory=folder / case.replace(":", "-"))
+    attachment = dodoco_ext.megatron.attach(model, labels={"case": case}, settings=where)
     with guard.no_host_sync(allow=("numpy",)) if guarded else contextlib.nullcontext():
         losses = train(model, rank)
     attachment.detach()
@@ -102,7 +107,7 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks)
-    results = {case: run(case, rank, ranks) for case in sys.argv[4:]}
+    results = {case: run(case, rank, ranks, folder) for case in sys.argv[4:]}
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

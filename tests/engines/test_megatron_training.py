@@ -100,14 +100,15 @@ def test_detach_leaves_every_object_as_it_was(job: list[Rank]) -> None:
 @of_cases(*BOTH)
 def test_recordings_have_no_fault(job: list[Rank]) -> None:
     for rank in job:
-        assert not any(rank.reader.header["faults"].values())
+        assert rank.reader.header["num_faults"] == 0
         assert rank.said["uncovered"] == []
 
 
 @ALLTOALL
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_forward_and_recomputed_transfers_are_exact(job: list[Rank], recompute: int) -> None:
-    recomputes = "none" not in job[0].reader.header["labels"]["case"]
+    case = job[0].reader.metadata["labels"]["case"]
+    recomputes = "none" not in case
     expected = [(it, layer) for it in range(PASSES) for layer in range(LAYERS)]
     if recompute and not recomputes:
         expected = []
@@ -116,8 +117,8 @@ def test_forward_and_recomputed_transfers_are_exact(job: list[Rank], recompute: 
         for op in (DISPATCH, COMBINE):
             found = rank.transfers(type=op, direction=0, recompute=recompute)
             seen = sorted((int(t["iteration"]), int(t["layer"])) for t, *_ in found)
-            if op == COMBINE and recompute:
-                # A checkpoint may stop once all that it saved is there: before the last combine.
+            if op == COMBINE and recompute and "torch" in case:
+                # That checkpoint stops once all that it saved is there: maybe before the combine.
                 assert set(seen) <= set(expected)
             else:
                 assert seen == expected
