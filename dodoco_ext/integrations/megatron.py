@@ -115,7 +115,8 @@ def _of_chunk(
             )
         yield MoELayer(
             name=own_name,
-            number=number + (config.num_layers if is_mtp else 0),
+            # MTP layers follow the others: 0.16 numbers them so itself, 0.19 from 1.
+            number=number + (config.num_layers if is_mtp and number < config.num_layers else 0),
             module=module,
             owner=owner,
             num_experts=config.num_moe_experts,

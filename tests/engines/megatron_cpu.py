@@ -36,6 +36,20 @@ torch.cuda.Stream = _Stream
 torch.cuda.current_stream = lambda *args: _current
 torch.cuda.stream = lambda stream: contextlib.nullcontext()
 torch.cuda.current_device = lambda: torch.device("cpu")
+torch.cuda.synchronize = lambda *args: None
+torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _on_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def on_host(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return make(*args, **kwargs)
+
+    return on_host
+
+
+torch.zeros, torch.tensor = _on_host(torch.zeros), _on_host(torch.tensor)
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
@@ -73,7 +87,12 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def build(
-    *, expert_parallel: int = 1, recompute: str = "none", seed: int = 1, **changes: Any
+    *,
+    expert_parallel: int = 1,
+    recompute: str = "none",
+    seed: int = 1,
+    vp_stage: int | None = None,
+    **changes: Any,
 ) -> GPTModel:
     """A GPT of two MoE layers, the same for the same seed; `changes` go to its configuration."""
     values: dict[str, Any] = {
@@ -98,18 +117,25 @@ def build(
     }
     torch.manual_seed(seed)
     config = TransformerConfig(**values)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False)
+        mtp = get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=False, vp_stage=vp_stage
+        )
     model = GPTModel(
         config,
         spec,
         vocab_size=VOCABULARY,
         max_sequence_length=SEQUENCE,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=vp_stage is None, vp_stage=vp_stage
+        ),
         mtp_block_spec=mtp,
+        vp_stage=vp_stage,
     )
     if recompute == "torch":
         for layer in model.decoder.layers:
