@@ -46,10 +46,10 @@ class MegatronAttachment(base.Attachment):
     """
 
     def __init__(self, found: Found, recorder: Recorder, capture: Capture | None) -> None:
-        self._found = found
+        # Nothing here keeps the model alive.
         self._window: metrics.Window | None = None
         self._probes: list[DispatcherProbe] = []
-        self._routers: list[Any] = []
+        self._routers: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         super().__init__([layer.router for layer in found.layers] or [None], recorder)
         if not found.layers:
             self.layers = ()
@@ -60,7 +60,7 @@ class MegatronAttachment(base.Attachment):
         except BaseException:
             self.detach()
             raise
-        self._window = metrics.Window(self.reader)
+        self._window = metrics.Window(self.reader, metrics.Shape.of(found))
 
     def _probe(
         self, index: int, layer: MoELayer, recorder: Recorder, capture: Capture | None, clock: Clock
@@ -68,11 +68,9 @@ class MegatronAttachment(base.Attachment):
         if layer.router is not None and layer.owner is not None:
             owner = weakref.ref(layer.owner)
             routers.before_each(layer.router.module, lambda: clock.follow(owner()))
-            self._routers.append(layer.router.module)
+            self._routers.add(layer.router.module)
         if layer.dispatcher is not None and capture is not None:
-            probe = DispatcherProbe(
-                layer.dispatcher, index, layer.owner, capture, recorder, clock
-            )
+            probe = DispatcherProbe(layer.dispatcher, index, layer.owner, capture, recorder, clock)
             self._probes.append(probe)
 
     def log(
@@ -108,11 +106,11 @@ class MegatronAttachment(base.Attachment):
         if reduce not in (None, "group"):
             raise InputError(f"reduce={reduce!r}: give None for this rank alone, or 'group'")
         assert self._window is not None
-        counts = self._window.advance(self._found)
+        counts = self._window.advance()
         scope = "local"
         if reduce == "group":
             scope = "group"
-            counts = metrics.reduced(counts, self._found, group)
+            counts = metrics.reduced(counts, self._window.shape, group)
         values = metrics.summary(counts, scope, per_layer=per_layer)
         metrics.write(writer, values, iteration)
         return values

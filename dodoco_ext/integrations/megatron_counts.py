@@ -106,7 +106,9 @@ class _AllToAll:
         self._about = (len(tokens), row + others, row, tokens.is_cuda)
         if op == DISPATCH:
             present = dispatcher.input_splits
-            if getattr(present, "is_cuda", False):  # a graph has left them, and preprocess did not run
+            if getattr(
+                present, "is_cuda", False
+            ):  # a graph has left them, and preprocess did not run
                 self._counts = present, dispatcher.output_splits, dispatcher.tokens_per_expert
             else:
                 self._counts = self._fresh

@@ -38,26 +38,50 @@ class LayerCounts:
     dropped: int | None
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the layers of a recording are in the whole model; holds nothing of the model itself.
+
+    Attributes:
+        numbers: Number of each layer, as in Megatron's own metrics; None where its router is not observed.
+        num_layers: Layers of the whole model.
+        num_experts: Experts of each.
+        top_k: Experts a token is sent to.
+    """
+
+    numbers: tuple[int | None, ...]
+    num_layers: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, found: Found) -> Shape:
+        """The shape of what was found in a model."""
+        numbers = tuple(None if x.router is None else x.number for x in found.layers)
+        return cls(numbers, found.num_layers, found.num_experts, found.top_k)
+
+
 class Window:
     """The counters of a recording since the last look."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, shape: Shape) -> None:
+        self.shape = shape
         self._reader = reader
         self._before = reader.snapshot()
 
-    def advance(self, found: Found) -> list[LayerCounts]:
+    def advance(self) -> list[LayerCounts]:
         """What the observed layers have counted since the last call."""
         now = self._reader.snapshot()
         window, self._before = now - self._before, now
         return [
-            LayerCounts(layer.number, layer.top_k, counted.counts, counted.capacity_dropped)
-            for layer, counted in zip(found.layers, window.layers, strict=False)
-            if layer.router is not None
+            LayerCounts(number, counted.top_k, counted.counts, counted.capacity_dropped)
+            for number, counted in zip(self.shape.numbers, window.layers, strict=False)
+            if number is not None
         ]
 
 
 def reduced(
-    counts: list[LayerCounts], found: Found, group: dist.ProcessGroup | None
+    counts: list[LayerCounts], shape: Shape, group: dist.ProcessGroup | None
 ) -> list[LayerCounts]:
     """Adds the counts of all ranks of a group: one all-reduce.
 
@@ -69,26 +93,26 @@ def reduced(
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError("reduce='group': torch.distributed is not initialised; leave reduce out")
-    if not found.num_layers or not found.num_experts:
+    if not shape.num_layers or not shape.num_experts:
         raise InputError(
             "reduce='group': the model's config has no num_layers and num_moe_experts, so ranks cannot "
             "agree on a shape; leave reduce out"
         )
     for layer in counts:
-        if layer.number >= found.num_layers or len(layer.counts) != found.num_experts:
+        if layer.number >= shape.num_layers or len(layer.counts) != shape.num_experts:
             raise InputError(
                 f"reduce='group': layer {layer.number} with {len(layer.counts)} experts does not fit "
-                f"{found.num_layers} layers of {found.num_experts}; leave reduce out"
+                f"{shape.num_layers} layers of {shape.num_experts}; leave reduce out"
             )
     backend = dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else "cpu"
-    table = np.zeros((found.num_layers, found.num_experts), np.int64)
+    table = np.zeros((shape.num_layers, shape.num_experts), np.int64)
     for layer in counts:
         table[layer.number] += layer.counts.astype(np.int64)
     totals = torch.from_numpy(table).to(device)
     dist.all_reduce(totals, group=group)
     return [
-        LayerCounts(number, found.top_k, row, None)
+        LayerCounts(number, shape.top_k, row, None)
         for number, row in enumerate(totals.cpu().numpy())
         if row.any()
     ]

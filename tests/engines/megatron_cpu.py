@@ -120,9 +120,7 @@ def build(
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage)
     mtp = None
     if config.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(
-            config, spec, use_transformer_engine=False, vp_stage=vp_stage
-        )
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     model = GPTModel(
         config,
         spec,

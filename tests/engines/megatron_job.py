@@ -55,7 +55,9 @@ def held(model: Any) -> list[tuple[str, dict[str, int]]]:
     for name, module in model.named_modules():
         for what in (module, getattr(module, "token_dispatcher", None)):
             values = vars(what) if what is not None else {}
-            found.append((name, {key: id(value) for key, value in values.items() if callable(value)}))
+            found.append(
+                (name, {key: id(value) for key, value in values.items() if callable(value)})
+            )
             found.append((name, dict.fromkeys(values, 0)))
     return found
 
