@@ -57,7 +57,11 @@ class HostCounts {
   }
 
   bool take_array(PyObject* object) {
-    if (PyObject_GetBuffer(object, &buffer_, PyBUF_RECORDS_RO) != 0) return false;
+    if (PyObject_GetBuffer(object, &buffer_, PyBUF_RECORDS_RO) != 0) {
+      PyErr_Format(PyExc_TypeError, "give a list, a tuple or an array of integers, not %s",
+                   Py_TYPE(object)->tp_name);
+      return false;
+    }
     const bool integers = buffer_.format != nullptr && buffer_.format[0] != '\0' &&
                           buffer_.format[1] == '\0' &&
                           std::strchr("iIlLqQ", buffer_.format[0]) != nullptr;

@@ -39,10 +39,10 @@ Counts counts_in(const AnyCounts& any, std::vector<std::uint32_t>* constants) {
   return {reinterpret_cast<const void*>(address), stride, size, is_wide};
 }
 
-int end_transfer(DeviceLanes& lanes, std::uint32_t type, std::uint32_t layer,
-                 std::int64_t iteration, bool advances, std::uint32_t begin_slot,
-                 std::uint64_t begin_ns, std::uint32_t bytes_per_row, const AnyCounts& sent,
-                 const AnyCounts& received, const AnyCounts& experts, std::uintptr_t stream) {
+int end_on_device(DeviceLanes& lanes, std::uint32_t type, std::uint32_t layer,
+                  std::int64_t iteration, bool advances, std::uint32_t begin_slot,
+                  std::uint64_t begin_ns, std::uint32_t bytes_per_row, const AnyCounts& sent,
+                  const AnyCounts& received, const AnyCounts& experts, std::uintptr_t stream) {
   std::vector<std::uint32_t> constants;
   Transfer transfer{};
   transfer.sent = counts_in(sent, &constants);
@@ -66,8 +66,9 @@ extern "C" const char dodoco_fatbin_capture[], dodoco_fatbin_capture_end[];
 // The kernels of capture.cu; empty where they were not built.
 py::bytes transfer_code() {
 #if DODOCO_HAS_CUDA
-  return {dodoco_fatbin_capture,
-          static_cast<std::size_t>(dodoco_fatbin_capture_end - dodoco_fatbin_capture)};
+  const auto begin = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture);
+  const auto end = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture_end);
+  return {dodoco_fatbin_capture, end - begin};
 #else
   return {};
 #endif
@@ -129,7 +130,7 @@ void register_device(py::module_& m) {
             return static_cast<int>(lanes.begin_transfer(slot, stream_at(stream)));
           },
           py::arg("slot"), py::arg("stream"))
-      .def("end_transfer", &end_transfer, py::arg("type"), py::arg("layer"), py::arg("iteration"),
+      .def("end_transfer", &end_on_device, py::arg("kind"), py::arg("layer"), py::arg("iteration"),
            py::arg("advances"), py::arg("begin_slot"), py::arg("begin_ns"),
            py::arg("bytes_per_row"), py::arg("sent"), py::arg("received"), py::arg("experts"),
            py::arg("stream"))

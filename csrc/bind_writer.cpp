@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings.h"
+#include "divisor.h"
 #include "recording_writer.h"
 
 namespace py = pybind11;
@@ -24,7 +25,8 @@ void register_writer(py::module_& m) {
       .value("INTERNAL", Fault::kInternal)
       .value("NO_DEVICE", Fault::kNoDevice)
       .value("NO_LANE", Fault::kNoLane)
-      .value("DEVICE_ERROR", Fault::kDeviceError);
+      .value("DEVICE_ERROR", Fault::kDeviceError)
+      .value("UNATTRIBUTED", Fault::kUnattributed);
 
   // The settings of a lane that may change while it records. Lanes are never freed.
   py::class_<Lane, std::unique_ptr<Lane, py::nodelete>>(m, "Lane")
@@ -35,7 +37,7 @@ void register_writer(py::module_& m) {
           [](Lane& lane, bool value) { lane.control()->enabled = value; })
       .def_property(
           "record_every", [](Lane& lane) { return lane.control()->record_every; },
-          [](Lane& lane, std::uint32_t value) { lane.control()->record_every = value; })
+          [](Lane& lane, std::uint32_t value) { set_record_every(lane.control(), value); })
       .def_property(
           "num_valid", [](Lane& lane) { return lane.control()->num_valid; },
           [](Lane& lane, std::int64_t value) { lane.control()->num_valid = value; })

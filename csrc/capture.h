@@ -8,8 +8,11 @@
 
 #ifdef __CUDACC__
 #define DODOCO_BOTH __host__ __device__
+// To count the rounds of a loop that is shared by threads, a compiler would divide.
+#define DODOCO_ROLLED _Pragma("unroll 1")
 #else
 #define DODOCO_BOTH
+#define DODOCO_ROLLED
 #endif
 
 namespace dodoco {
@@ -46,6 +49,8 @@ struct Constants {
   static constexpr std::uint32_t kMost = 896;  // with the rest within the 4 KB of all architectures
   std::uint32_t values[kMost];
 };
+
+constexpr std::uint32_t kMostThreads = 256;  // of the block that writes a transfer
 
 // Where a lane keeps what is written. On the host, totals and board are one.
 struct TransferPlace {
@@ -95,10 +100,12 @@ DODOCO_BOTH inline std::uint64_t place_of_count(std::uint32_t index) {
          behind % kCountsInNextSlots;
 }
 
+constexpr std::uint32_t kRingHeaderWords = sizeof(RingHeader) / 8;
+
 class SlotWriter {  // words of the record at `head`, which may run over the ring's end
  public:
   DODOCO_BOTH SlotWriter(std::uint64_t* ring, std::uint64_t head, std::uint32_t log2_slots)
-      : slots_(ring + sizeof(RingHeader) / 8), head_(head), log2_slots_(log2_slots) {}
+      : slots_(ring + kRingHeaderWords), head_(head), log2_slots_(log2_slots) {}
 
   DODOCO_BOTH void put(std::uint64_t word, std::uint32_t value) const {
     const std::uint64_t slot = head_ + word / kSlotWords;
@@ -132,10 +139,8 @@ DODOCO_BOTH inline void put_header(const SlotWriter& slots, const Transfer& t,
 }
 
 // The totals that no rank has for itself.
-DODOCO_BOTH inline void add_totals(const TransferPlace& place, const Transfer& t) {
-  std::uint64_t sent = 0, received = 0;
-  for (std::uint32_t i = 0; i < t.sent.size; ++i) sent += t.sent.at(i);
-  for (std::uint32_t i = 0; i < t.received.size; ++i) received += t.received.at(i);
+DODOCO_BOTH inline void add_totals(const TransferPlace& place, const Transfer& t,
+                                   std::uint64_t sent, std::uint64_t received) {
   const bool backward = (t.type & kFlagBackward) != 0, again = (t.type & kFlagRecompute) != 0;
   if (backward) {
     add(place, kBackward, 1);
@@ -159,28 +164,39 @@ DODOCO_BOTH inline void add_totals(const TransferPlace& place, const Transfer& t
 
 }  // namespace capture
 
-// Writes one transfer. Caller: threads 0 to num_threads - 1 of the lane's only writer, with a
-// barrier() that none of them leaves before all have come. Sizes must fit the group, the record the
-// ring. Returns the iteration recorded, or -1 where nothing was.
-template <typename Barrier>
+// A team of one: a thread of the host.
+struct Alone {
+  std::uint64_t sums[2];
+  DODOCO_BOTH void meet() const {}
+  DODOCO_BOTH std::uint64_t* sums_of(std::uint32_t) { return sums; }
+};
+
+// Writes one transfer. Caller: threads 0 to num_threads - 1 of the lane's only writer. Their team
+// has a meet() that none of them leaves before all have come, and for each thread two words,
+// sums_of(thread), that all can read. Sizes must fit the group, the record the ring. Returns the
+// iteration recorded, or -1 where nothing was.
+template <typename Team>
 DODOCO_BOTH std::int64_t write_transfer(const TransferPlace& place, const Transfer& t,
                                         std::uint32_t thread, std::uint32_t num_threads,
-                                        Barrier barrier) {
+                                        Team& team) {
   using namespace capture;
   const ControlBlock& control = *place.control;
   // Cleared once detached: a graph that is replayed later must not touch what is gone.
-  const bool writes = control.magic == kControlMagic;
-  if (!writes) return -1;
-  const LaneState before = *place.state;
+  if (control.magic != kControlMagic) return -1;
   const bool counted = control.enabled != 0;
-  const std::uint32_t every = control.record_every;
-  barrier();  // all have read what thread 0 is about to change
+  const std::uint64_t mask = control.every_mask, inverse = control.every_inverse,
+                      limit = control.every_limit;
+  const std::uint64_t last_iteration = place.state->iteration;
+  const std::int64_t last_layer = place.state->last_layer;
+  const std::uint64_t head = place.state->head;
+  const std::uint64_t sequence = place.state->transfers;
+  team.meet();  // all have read what thread 0 is about to change
 
   const bool forward = (t.type & (kFlagBackward | kFlagRecompute)) == 0;
   const bool is_dispatch = (t.type & 0xFF) == static_cast<std::uint32_t>(RecordType::kDispatch);
-  std::uint64_t iteration = before.iteration;
+  std::uint64_t iteration = last_iteration;
   if (t.advances != 0 && forward && is_dispatch) {
-    if (static_cast<std::int64_t>(t.layer) <= before.last_layer) ++iteration;
+    if (static_cast<std::int64_t>(t.layer) <= last_layer) ++iteration;
     if (thread == 0) {
       place.state->iteration = iteration;
       place.state->last_layer = t.layer;
@@ -190,40 +206,88 @@ DODOCO_BOTH std::int64_t write_transfer(const TransferPlace& place, const Transf
   if (!counted) return -1;
 
   if (thread == 0) add(place, kStartedTransfers, 1);
-  const bool recorded = every <= 1 || iteration % every == 0;
-  const std::uint32_t num_counts = t.sent.size + t.received.size + t.experts.size;
+  const bool recorded = (iteration & mask) == 0 && iteration * inverse <= limit;
+  const std::uint32_t num_rows = t.sent.size + t.received.size;
+  const std::uint32_t num_counts = num_rows + t.experts.size;
   const std::uint32_t num_slots = transfer_slots(num_counts);
-  const SlotWriter slots(place.ring, before.head, place.log2_slots);
+  const SlotWriter slots(place.ring, head, place.log2_slots);
+  std::uint64_t sent = 0, received = 0;
+  DODOCO_ROLLED
   for (std::uint32_t i = thread; i < num_counts; i += num_threads) {
     const std::uint32_t count = count_at(t, i);
     if (recorded) slots.put(place_of_count(i), count);
-    if (forward && i < t.sent.size + t.received.size) add(place, kTrafficWords + i, count);
+    if (i < t.sent.size) sent += count;
+    if (i >= t.sent.size && i < num_rows) received += count;
+    if (forward && i < num_rows) add(place, kTrafficWords + i, count);
   }
+  team.sums_of(thread)[0] = sent;
+  team.sums_of(thread)[1] = received;
   if (recorded) {
+    DODOCO_ROLLED
     for (std::uint32_t i = num_counts + thread;; i += num_threads) {  // to the end of the last slot
       const std::uint64_t word = place_of_count(i);
       if (word >= std::uint64_t{num_slots} * kSlotWords) break;
       slots.put(word, 0);
     }
+    DODOCO_ROLLED
     for (std::uint32_t i = 1 + thread; i < num_slots; i += num_threads) {
       slots.put(std::uint64_t{i} * kSlotWords,
                 static_cast<std::uint32_t>(RecordType::kContinuation) | num_slots << 8);
     }
   }
-  if (thread == 0) {
-    add_totals(place, t);
-    if (recorded) put_header(slots, t, iteration, num_slots, before.transfers, control);
+  team.meet();
+  if (thread != 0) return static_cast<std::int64_t>(iteration);
+  DODOCO_ROLLED
+  for (std::uint32_t other = 1; other < num_threads; ++other) {
+    sent += team.sums_of(other)[0];
+    received += team.sums_of(other)[1];
   }
-  barrier();  // nobody still writes what the next words announce
-  if (thread == 0) {
-    place.state->transfers = before.transfers + 1;
-    if (recorded) {
-      place.state->head = before.head + num_slots;
-      store(place.ring, before.head + num_slots);
-    }
-    add(place, kTransfers, 1);
+  add_totals(place, t, sent, received);
+  place.state->transfers = sequence + 1;
+  if (recorded) {
+    put_header(slots, t, iteration, num_slots, sequence, control);
+    place.state->head = head + num_slots;
+    store(place.ring, head + num_slots);
   }
+  add(place, kTransfers, 1);
   return static_cast<std::int64_t>(iteration);
+}
+
+// --- Kernels, as a device runs them; `device_ns` is what its clock shows.
+// -------------------------
+
+DODOCO_BOTH inline std::uint64_t on_hosts_clock(const ControlBlock& control,
+                                                std::uint64_t device_ns) {
+  return device_ns + static_cast<std::uint64_t>(control.clock_offset_ns);
+}
+
+DODOCO_BOTH inline void begin_transfer(DeviceLane* lane, std::uint32_t slot,
+                                       std::uint64_t device_ns) {
+  if (lane->control.magic != kControlMagic) return;
+  lane->begins[slot] = on_hosts_clock(lane->control, device_ns);
+}
+
+// Counts without an address are among the constants, one behind the other.
+DODOCO_BOTH inline void find_constants(Transfer* transfer, const Constants& constants) {
+  const std::uint32_t* next = constants.values;
+  for (Counts* counts : {&transfer->sent, &transfer->received, &transfer->experts}) {
+    if (counts->data != nullptr || counts->size == 0) continue;
+    *counts = {next, 1, counts->size, 0};
+    next += counts->size;
+  }
+}
+
+template <typename Team>
+DODOCO_BOTH void end_transfer(DeviceLane* lane, std::uint64_t* totals, std::uint64_t* board,
+                              Transfer transfer, std::uint64_t device_ns, std::uint32_t thread,
+                              std::uint32_t num_threads, Team& team) {
+  const ControlBlock& control = lane->control;
+  if (control.magic != kControlMagic) return;
+  transfer.end_ns = on_hosts_clock(control, device_ns);
+  if (transfer.begin_slot < kTransfersAtOnce) transfer.begin_ns = lane->begins[transfer.begin_slot];
+  const TransferPlace place{&control, &lane->state, reinterpret_cast<std::uint64_t*>(control.ring),
+                            totals,   board,        static_cast<std::uint32_t>(control.log2_slots)};
+  write_transfer(place, transfer, thread, num_threads, team);
 }
 
 }  // namespace dodoco

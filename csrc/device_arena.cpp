@@ -11,15 +11,6 @@ std::uint64_t aligned(std::uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
-Divisor::Divisor(std::uint64_t every) {
-  const int twos = __builtin_ctzll(every);
-  const std::uint64_t odd = every >> twos;
-  mask = (std::uint64_t{1} << twos) - 1;
-  inverse = odd;  // right in the lowest three bits; each step doubles them
-  for (int bits = 3; bits < 64; bits *= 2) inverse *= 2 - odd * inverse;
-  limit = UINT64_MAX / odd;
-}
-
 DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane,
                          std::uint32_t num_lanes)
     : first_lane_(first_lane), num_lanes_(num_lanes) {

@@ -4,16 +4,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "divisor.h"
 #include "format.h"
 #include "recording_writer.h"
 
 namespace dodoco {
-
-// What tells multiples of `every`, at least 1: see ControlBlock.
-struct Divisor {
-  std::uint64_t mask, inverse, limit;
-  explicit Divisor(std::uint64_t every);
-};
 
 // One allocation on a device. What comes before `zeroed` is copied there, what follows is cleared.
 class DeviceArena {

@@ -51,7 +51,7 @@ RecordResult DeviceLanes::end_transfer(const Transfer& transfer,
   std::copy(constants.begin(), constants.end(), given.values);
   void* params[] = {&block, &totals, &board, &argument, &given};
   const std::uint32_t counts = 2 * ranks + transfer.experts.size;
-  const unsigned threads = std::clamp((counts + 31) / 32 * 32, 32u, 256u);
+  const unsigned threads = std::clamp((counts + 31) / 32 * 32, 32u, kMostThreads);
   return start(constants.empty() ? transfer_end_ : transfer_constants_, 1, threads, 0, stream,
                params);
 }

@@ -59,6 +59,7 @@ enum class Fault : std::uint32_t {
   kNoDevice = 7,     // the device could not be set up: its layers are not recorded
   kNoLane = 8,       // more streams at the same time than lanes
   kDeviceError = 9,  // a launch was refused
+  kUnattributed = 10,  // an AlltoAll that fits no layer or no forward one
 };
 
 struct FileHeader {
@@ -252,7 +253,7 @@ struct ControlBlock {          // one per lane, at a fixed address of the execut
   std::int64_t num_valid;      // rows that are real; the rest is padding. Negative: all
   std::uint32_t map_version;
   std::uint32_t microbatch;
-  // The rest is for device lanes; addresses are those of the executing device.
+  // The addresses and the clock are for device lanes, and those of the executing device.
   std::uint64_t ring;            // the lane's RingHeader in the mapped file
   std::uint64_t log2_slots;      // slots of the ring
   std::int64_t clock_offset_ns;  // device clock + this = monotonic clock of the host

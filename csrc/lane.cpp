@@ -4,6 +4,8 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "divisor.h"
+
 namespace dodoco {
 
 class Lane::Turn {
@@ -28,7 +30,7 @@ Lane::Lane(std::vector<Layer> layers, RingWriter ring, Traffic traffic, void* re
   control_.magic = kControlMagic;
   control_.recording = reinterpret_cast<std::uintptr_t>(recording);
   control_.enabled = 1;
-  control_.record_every = 1;
+  set_record_every(&control_, 1);
   control_.num_valid = -1;
 }
 
@@ -185,7 +187,8 @@ RecordResult Lane::record(const Transfer& transfer, std::int64_t* iteration) {
                             traffic_.blocks + block,
                             traffic_.blocks + block,
                             ring_.log2_slots()};
-  const std::int64_t recorded = write_transfer(place, transfer, 0, 1, [] {});
+  Alone alone;
+  const std::int64_t recorded = write_transfer(place, transfer, 0, 1, alone);
   iteration_ = state.iteration;
   last_layer_ = state.last_layer;
   transfers_ = state.transfers;

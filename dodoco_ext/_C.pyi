@@ -45,6 +45,7 @@ class Fault(enum.Enum):
     NO_DEVICE = 7
     NO_LANE = 8
     DEVICE_ERROR = 9
+    UNATTRIBUTED = 10
 
 class Lane:
     @property
@@ -107,7 +108,7 @@ class DeviceLanes:
     def begin_transfer(self, slot: int, stream: int) -> int: ...
     def end_transfer(
         self,
-        type: int,
+        kind: int,
         layer: int,
         iteration: int,
         advances: bool,
@@ -160,7 +161,7 @@ class RecordingReader:
 
 def push_transfer(
     lane: int,
-    type: int,
+    kind: int,
     layer: int,
     iteration: int,
     advances: int,

@@ -207,7 +207,7 @@ def read_traffic(
     totals = []
     for block in range(2 * num_layers):
         parts = [file.traffic(lane, block) for lane in range(file.num_lanes)]
-        words = np.sum([words for words, _ in parts], axis=0, dtype=np.uint64)
+        words: NDArray[np.uint64] = np.stack([words for words, _ in parts]).sum(axis=0)
         rows = words[_C.TRAFFIC_WORDS :]
         size = len(group.ranks)
         totals.append(

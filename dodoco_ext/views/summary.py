@@ -61,6 +61,7 @@ FAULTS = {
     "NO_DEVICE": "a device could not be set up; nothing on it is recorded, and its layers show zeros",
     "NO_LANE": "more streams at the same time than lanes; some passes are not recorded",
     "DEVICE_ERROR": "a device refused a launch; that probe is off",
+    "UNATTRIBUTED": "AlltoAlls that fit no layer or no forward one; those are not recorded",
 }
 
 
