@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import pytest
 from dodoco_ext import cli
 from dodoco_ext.recorder import LayerSpec
 from dodoco_ext.views.ending import seconds_of
+from dodoco_ext.views.traffic import _band_text, _short
 from exchanges import exchanges
 from runs import closed_rank, rank_of
 from traffic_runs import MILLISECOND, Rank, record, recorded
@@ -110,10 +112,8 @@ def test_gaps_and_contradictions_are_named(recordings: Path, capsys: Capture) ->
     record(run[:4], ranks)
     wrong = run[4].matrix.copy()
     wrong[0, 1] += 1
-    import dataclasses
-
-    record([dataclasses.replace(run[4], number=0, matrix=wrong)], {0: ranks[0]})
-    record([dataclasses.replace(run[4], number=0)], {1: ranks[1], 2: ranks[2]})
+    record([replace(run[4], number=0, matrix=wrong)], {0: ranks[0]})
+    record([replace(run[4], number=0)], {1: ranks[1], 2: ranks[2]})
     for rank in ranks.values():
         os.utime(rank.close())
     out = show(capsys, recordings)
@@ -278,8 +278,6 @@ def test_it_goes_with_no_option_for_one_recording(capsys: Capture) -> None:
 
 
 def test_a_share_of_nothing_is_no_number() -> None:
-    from dodoco_ext.views.traffic import _band_text, _short
-
     assert _band_text({"low": nan, "high": nan}, 2) == "-"
     assert [_short(n) for n in (0, 9999, 10_000, 12_345_678, 10**18)] == [
         *("0", "9999", "10k", "12.3M", "1E")
