@@ -19,7 +19,7 @@ from dodoco_ext.archive import Collector, copy_recording
 from dodoco_ext.errors import InputError
 from dodoco_ext.fleet import Fleet, run_of
 from dodoco_ext.recording import Reader
-from dodoco_ext.settings import supervised
+from dodoco_ext.settings import Settings, supervised
 from namespaces import inside, needs_root
 
 pytestmark = pytest.mark.timeout(120)
@@ -361,16 +361,11 @@ def test_a_command_that_records_nothing_is_told(
 def test_a_command_that_cannot_be_started(
     name: str, code: int, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    done = finished(command(name, archive=tmp_path / "a"), environment)
+    environ = {**environment, "DODOCO_RUN": "no-start"}
+    done = finished(command(name, archive=tmp_path / "a"), environ)
     assert done.returncode == code
     assert f"{name} cannot be started" in done.stderr
-    assert not [p for p in supervised_now() if "supervised" in str(p) and not any(p.iterdir())]
-
-
-def supervised_now() -> list[Path]:
-    from dodoco_ext.settings import Settings
-
-    return supervised(Settings().directories())
+    assert not [p for p in supervised(Settings().directories()) if p.name.startswith("no-start-")]
 
 
 def test_options_of_the_command_are_its_own(environment: dict[str, str], tmp_path: Path) -> None:
