@@ -105,8 +105,6 @@ class Device:
         Raises:
             RuntimeError: The stream is capturing: a graph would set the value at each replay.
         """
-        import torch
-
         stream = self._stream()
         try:
             for each in range(self._lanes.num_lanes) if lane is None else (lane,):
