@@ -102,7 +102,8 @@ def until(true: Callable[[], object]) -> None:
 
 
 def archived(archive: Path) -> list[Reader]:
-    assert not [path for path in archive.iterdir() if path.name.startswith(".")]
+    # A supervisor that still runs may be copying this instant; nothing unfinished stays.
+    until(lambda: not [path for path in archive.iterdir() if path.name.startswith(".")])
     return [Reader(path) for path in sorted(archive.glob("*.dodoco"))]
 
 
