@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,9 +61,12 @@ LEAVES_ONE_BEHIND = (
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, str]:
     """Without DODOCO_DIR, and with a home of its own in place of /dev/shm."""
     monkeypatch.delenv("DODOCO_DIR")
+    shared_memory = tempfile.mkdtemp(prefix="dodoco-tests-", dir="/dev/shm")
+    request.addfinalizer(lambda: shutil.rmtree(shared_memory))
+    monkeypatch.setenv("TEST_SHARED_MEMORY", shared_memory)
     paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     monkeypatch.setenv("PYTHONPATH", paths)
     return dict(os.environ)
@@ -69,7 +74,11 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
 
 def command(*arguments: object, archive: Path | None, grace: float = 5.0) -> list[str]:
     options = [] if archive is None else ["--archive", str(archive), "--grace", str(grace)]
-    start = "import sys; from dodoco_ext.cli import run; sys.exit(run(sys.argv[1:]))"
+    start = (
+        "import os, pathlib, sys; from dodoco_ext import cli, settings; "
+        "settings.SHARED_MEMORY = pathlib.Path(os.environ['TEST_SHARED_MEMORY']); "
+        "sys.exit(cli.run(sys.argv[1:]))"
+    )
     return [sys.executable, "-c", start, "run", *options, "--", *map(str, arguments)]
 
 
