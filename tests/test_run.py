@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import planted
-from dodoco_ext import cli
+from dodoco_ext import cli, settings
 from dodoco_ext.archive import Collector, copy_recording
 from dodoco_ext.errors import InputError
 from dodoco_ext.fleet import Fleet, run_of
@@ -65,11 +65,12 @@ def environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     """Without DODOCO_DIR, and with a home of its own in place of /dev/shm."""
     monkeypatch.delenv("DODOCO_DIR")
     shared_memory = tempfile.mkdtemp(prefix="dodoco-tests-", dir="/dev/shm")
-    request.addfinalizer(lambda: shutil.rmtree(shared_memory))
     monkeypatch.setenv("TEST_SHARED_MEMORY", shared_memory)
+    monkeypatch.setattr(settings, "SHARED_MEMORY", Path(shared_memory))
     paths = os.pathsep.join([str(HERE), *filter(None, sys.path)])
     monkeypatch.setenv("PYTHONPATH", paths)
-    return dict(os.environ)
+    yield dict(os.environ)
+    shutil.rmtree(shared_memory)
 
 
 def command(*arguments: object, archive: Path | None, grace: float = 5.0) -> list[str]:
