@@ -117,7 +117,7 @@ build/sanitize/device_stress.address: LINK := build/sanitize/fake.address/libcud
 build/sanitize/device_stress.address: build/sanitize/fake.address/libcuda.so.1
 build/sanitize/device_stress.thread: LINK := build/sanitize/fake.thread/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.thread'
 build/sanitize/device_stress.thread: build/sanitize/fake.thread/libcuda.so.1
-build/sanitize/fake.%/libcuda.so.1: tests/cpp/fake_cuda.cpp csrc/cuda_driver.h tests/cpp/fake_cuda.h
+build/sanitize/fake.%/libcuda.so.1: tests/cpp/fake_cuda.cpp csrc/cuda_driver.h csrc/capture.h csrc/format.h tests/cpp/fake_cuda.h
 	@mkdir -p $(@D)
 	$(CXX) $(CPP_TEST_FLAGS) -O1 -Icsrc -fsanitize=$* -shared -fPIC -Wl,-soname,libcuda.so.1 $< -o $@
 

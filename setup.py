@@ -17,7 +17,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CXXFLAGS = "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -Wall -Wextra -Werror"
-NVCCFLAGS = "-std=c++17 -O3 -DNDEBUG -Werror all-warnings"
+NVCCFLAGS = "-std=c++17 -O3 -DNDEBUG -Werror all-warnings --expt-relaxed-constexpr"
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0")
 
 # A fat binary as constant data. The driver loads it at run time, so no CUDA library is linked.

@@ -1,9 +1,17 @@
 #include <pybind11/stl.h>
 
+#include <tuple>
+#include <variant>
+#include <vector>
+
 #include "bindings.h"
 #include "cuda_driver.h"
 #include "device_lanes.h"
 #include "device_registry.h"
+
+#ifndef DODOCO_HAS_CUDA
+#define DODOCO_HAS_CUDA 0
+#endif
 
 namespace py = pybind11;
 
@@ -17,6 +25,54 @@ struct DeviceLaneChoice : LaneChoice {
   DeviceLaneChoice(DeviceLanes* lanes, std::uint32_t lane)
       : LaneChoice(lanes, lanes->reserve(lane)) {}
 };
+
+// Where counts lie on the device: (address, size, stride, is_wide). Else they are a list.
+using OnDevice = std::tuple<std::uintptr_t, std::uint32_t, std::int64_t, bool>;
+using AnyCounts = std::variant<std::vector<std::uint32_t>, OnDevice>;
+
+Counts counts_in(const AnyCounts& any, std::vector<std::uint32_t>* constants) {
+  if (const auto* list = std::get_if<std::vector<std::uint32_t>>(&any)) {
+    constants->insert(constants->end(), list->begin(), list->end());
+    return {nullptr, 1, static_cast<std::uint32_t>(list->size()), 0};
+  }
+  const auto& [address, size, stride, is_wide] = std::get<OnDevice>(any);
+  return {reinterpret_cast<const void*>(address), stride, size, is_wide};
+}
+
+int end_on_device(DeviceLanes& lanes, std::uint32_t type, std::uint32_t layer,
+                  std::int64_t iteration, bool advances, std::uint32_t begin_slot,
+                  std::uint64_t begin_ns, std::uint32_t bytes_per_row, const AnyCounts& sent,
+                  const AnyCounts& received, const AnyCounts& experts, std::uintptr_t stream) {
+  std::vector<std::uint32_t> constants;
+  Transfer transfer{};
+  transfer.sent = counts_in(sent, &constants);
+  transfer.received = counts_in(received, &constants);
+  transfer.experts = counts_in(experts, &constants);
+  transfer.iteration = iteration;
+  transfer.begin_ns = begin_ns;
+  transfer.type = type;
+  transfer.layer = layer;
+  transfer.bytes_per_row = bytes_per_row;
+  transfer.advances = advances;
+  transfer.begin_slot = begin_slot;
+  const py::gil_scoped_release others_may_run;
+  return static_cast<int>(lanes.end_transfer(transfer, constants, stream_at(stream)));
+}
+
+#if DODOCO_HAS_CUDA
+extern "C" const char dodoco_fatbin_capture[], dodoco_fatbin_capture_end[];
+#endif
+
+// The kernels of capture.cu; empty where they were not built.
+py::bytes transfer_code() {
+#if DODOCO_HAS_CUDA
+  const auto begin = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture);
+  const auto end = reinterpret_cast<std::uintptr_t>(dodoco_fatbin_capture_end);
+  return {dodoco_fatbin_capture, end - begin};
+#else
+  return {};
+#endif
+}
 
 }  // namespace
 
@@ -35,6 +91,8 @@ void register_device(py::module_& m) {
         if (DeviceLanes* lanes = device_registry::of_site(site)) lanes->switch_off(site);
       },
       py::arg("site"));
+  m.def("transfer_code", &transfer_code);
+  m.attr("TRANSFERS_AT_ONCE") = kTransfersAtOnce;
   m.def("device_capability", &cuda::capability, py::arg("device"));
 
   // Never freed, as lanes are not: a captured graph or compiled code may still name them.
@@ -61,6 +119,21 @@ void register_device(py::module_& m) {
             lanes.calibrate_clock(name, code);
           },
           py::arg("name"), py::arg("code"))
+      .def(
+          "add_transfers",
+          [](DeviceLanes& lanes, const py::bytes& code) { lanes.add_transfers(code); },
+          py::arg("code"))
+      .def(
+          "begin_transfer",
+          [](DeviceLanes& lanes, std::uint32_t slot, std::uintptr_t stream) {
+            const py::gil_scoped_release others_may_run;
+            return static_cast<int>(lanes.begin_transfer(slot, stream_at(stream)));
+          },
+          py::arg("slot"), py::arg("stream"))
+      .def("end_transfer", &end_on_device, py::arg("kind"), py::arg("layer"), py::arg("iteration"),
+           py::arg("advances"), py::arg("begin_slot"), py::arg("begin_ns"),
+           py::arg("bytes_per_row"), py::arg("sent"), py::arg("received"), py::arg("experts"),
+           py::arg("stream"))
       .def("site_address", &DeviceLanes::site_address, py::arg("layer"))
       .def(
           "set",

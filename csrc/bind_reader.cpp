@@ -52,6 +52,27 @@ py::tuple ring_of(const RecordingReader& reader, std::uint32_t lane, std::uint64
   return py::make_tuple(py::array_t<std::uint8_t>(bytes, data, owner), r.next, r.lost, r.unknown);
 }
 
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// (bytes of TransferRecords [uint8], their counts [uint32], next position, lost)
+py::tuple transfers_of(const RecordingReader& reader, std::uint32_t lane, std::uint64_t position) {
+  const RingRead r = reader.read_ring(lane, position, UINT64_MAX);
+  const auto bytes = static_cast<py::ssize_t>(r.transfers.size() * sizeof(TransferRecord));
+  const auto* data = reinterpret_cast<const std::uint8_t*>(r.transfers.data());
+  return py::make_tuple(py::array_t<std::uint8_t>(bytes, data), array_of(r.counts), r.next, r.lost);
+}
+
+// (words, consistent)
+py::tuple traffic_of(const RecordingReader& reader, std::uint32_t lane, std::uint64_t block) {
+  py::array_t<std::uint64_t> out(
+      static_cast<py::ssize_t>(traffic_block_words(reader.group_size())));
+  const bool consistent = reader.read_traffic(lane, block, out.mutable_data());
+  return py::make_tuple(out, consistent);
+}
+
 // Raised by hand, because the exception carries why the file cannot be read.
 void translate(std::exception_ptr thrown, PyObject* type) {
   try {
@@ -70,6 +91,7 @@ void register_reader(py::module_& m) {
       py::exception<RecordingError>(m, "RecordingError", PyExc_OSError).release();
   py::register_exception_translator(
       [](std::exception_ptr thrown) { translate(std::move(thrown), error_type.ptr()); });
+  m.attr("TRAFFIC_WORDS") = static_cast<std::uint32_t>(kTrafficWords);
   m.attr("BOARD_WORDS") = static_cast<std::uint32_t>(kBoardWords);
   m.attr("SIZE_CLASSES") = kSizeClasses;
   m.attr("GINI_BINS") = kGiniBins;
@@ -98,6 +120,10 @@ void register_reader(py::module_& m) {
       .def("num_slots", &RecordingReader::num_slots, py::arg("lane"))
       .def("head", &RecordingReader::head, py::arg("lane"))
       .def("board", &board_of, py::arg("lane"), py::arg("layer"))
+      .def_property_readonly("group_size", &RecordingReader::group_size)
+      .def_property_readonly("group_index", &RecordingReader::group_index)
+      .def("traffic", &traffic_of, py::arg("lane"), py::arg("block"))
+      .def("transfers", &transfers_of, py::arg("lane"), py::arg("position"))
       .def("ring", &ring_of, py::arg("lane"), py::arg("position"), py::arg("limit") = UINT64_MAX);
 }
 

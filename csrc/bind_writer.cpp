@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings.h"
+#include "divisor.h"
 #include "recording_writer.h"
 
 namespace py = pybind11;
@@ -12,6 +13,7 @@ namespace dodoco {
 void register_writer(py::module_& m) {
   m.attr("SITE_BYTES") = sizeof(Site);
   m.attr("MAX_LANES") = kMaxLanes;
+  m.attr("MAX_RANKS") = kMaxRanks;
 
   py::enum_<Fault>(m, "Fault")
       .value("NONE", Fault::kNone)
@@ -23,16 +25,19 @@ void register_writer(py::module_& m) {
       .value("INTERNAL", Fault::kInternal)
       .value("NO_DEVICE", Fault::kNoDevice)
       .value("NO_LANE", Fault::kNoLane)
-      .value("DEVICE_ERROR", Fault::kDeviceError);
+      .value("DEVICE_ERROR", Fault::kDeviceError)
+      .value("UNATTRIBUTED", Fault::kUnattributed);
 
   // The settings of a lane that may change while it records. Lanes are never freed.
   py::class_<Lane, std::unique_ptr<Lane, py::nodelete>>(m, "Lane")
+      .def_property_readonly(
+          "address", [](const Lane& lane) { return reinterpret_cast<std::uintptr_t>(&lane); })
       .def_property(
           "enabled", [](Lane& lane) { return lane.control()->enabled != 0; },
           [](Lane& lane, bool value) { lane.control()->enabled = value; })
       .def_property(
           "record_every", [](Lane& lane) { return lane.control()->record_every; },
-          [](Lane& lane, std::uint32_t value) { lane.control()->record_every = value; })
+          [](Lane& lane, std::uint32_t value) { set_record_every(lane.control(), value); })
       .def_property(
           "num_valid", [](Lane& lane) { return lane.control()->num_valid; },
           [](Lane& lane, std::int64_t value) { lane.control()->num_valid = value; })
@@ -48,10 +53,11 @@ void register_writer(py::module_& m) {
       .def(py::init([](std::string path, std::string metadata,
                        const std::vector<std::pair<std::uint32_t, std::uint32_t>>& layers,
                        std::uint32_t num_lanes, std::uint64_t max_bytes, std::uint32_t mode,
-                       std::uint32_t rank, std::uint32_t world_size) {
+                       std::uint32_t rank, std::uint32_t world_size, std::uint32_t group_size,
+                       std::uint32_t group_index) {
              RecordingSpec spec{
-                 std::move(path), std::move(metadata), {}, num_lanes, max_bytes, mode, rank,
-                 world_size};
+                 std::move(path), std::move(metadata), {},         num_lanes, max_bytes, mode, rank,
+                 world_size,      group_size,          group_index};
              for (const auto& [num_experts, top_k] : layers)
                spec.layers.push_back({num_experts, top_k});
              try {
@@ -65,7 +71,8 @@ void register_writer(py::module_& m) {
            }),
            py::arg("path"), py::arg("metadata"), py::arg("layers"), py::kw_only(),
            py::arg("num_lanes") = 1, py::arg("max_bytes") = std::uint64_t{8} << 20,
-           py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1)
+           py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1,
+           py::arg("group_size") = 0, py::arg("group_index") = 0)
       .def("lane", &RecordingWriter::lane, py::return_value_policy::reference)
       .def(
           "bind_site",

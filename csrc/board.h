@@ -84,29 +84,39 @@ class BoardWriter {
   std::uint64_t num_experts_ = 0;
 };
 
-// Reads a block that may be moving into `words` [board_block_words(num_experts)].
-// copy(first, count, to) fetches words of the block, each of them whole.
-// Thread-safe; never blocks. True: what was read is a state that the writer published. Passes read
-// before the rest and passes started read after it are then equal, so no pass lay in between; that
-// counts sum to assignments holds where stores become visible in another order, too.
-template <typename Copy>
-bool read_block(Copy copy, std::uint64_t num_experts, std::uint64_t* words) {
+// Reads a block that may be moving into `words`. copy(first, count, to) fetches words of the block,
+// each of them whole; adds_up(words) says whether counts in a copy sum to their total. Thread-safe;
+// never blocks. True: what was read is a state that the writer published. Updates finished, read
+// before the rest, and updates started, read after it, are then equal, so none lay in between; that
+// counts add up holds where stores become visible in another order, too.
+template <typename Copy, typename AddsUp>
+bool read_settled(Copy copy, std::uint64_t num_words, std::uint32_t finished_word,
+                  std::uint32_t started_word, AddsUp adds_up, std::uint64_t* words) {
   constexpr int kAttempts = 100, kAttemptsAtRest = 10;
-  const std::uint64_t num_words = board_block_words(num_experts);
   std::uint64_t last_started = 0;
   for (int attempt = 0, at_rest = 0; attempt < kAttempts && at_rest < kAttemptsAtRest; ++attempt) {
-    std::uint64_t passes, started;
-    copy(kPasses, 1, &passes);
+    std::uint64_t finished, started;
+    copy(finished_word, 1, &finished);
     copy(0, num_words, words);
-    copy(kStartedPasses, 1, &started);
-    std::uint64_t sum = 0;
-    for (std::uint64_t e = 0; e < num_experts; ++e) sum += words[kBoardWords + e];
-    if (started == passes && words[kPasses] == passes && sum == words[kAssignments]) return true;
-    // A dead writer's last pass does not become whole by waiting for it.
+    copy(started_word, 1, &started);
+    if (started == finished && words[finished_word] == finished && adds_up(words)) return true;
+    // A dead writer's last update does not become whole by waiting for it.
     at_rest = attempt > 0 && started == last_started ? at_rest + 1 : 0;
     last_started = started;
   }
   return false;
+}
+
+// A layer's block, into `words` [board_block_words(num_experts)].
+template <typename Copy>
+bool read_block(Copy copy, std::uint64_t num_experts, std::uint64_t* words) {
+  const auto adds_up = [&](const std::uint64_t* copied) {
+    std::uint64_t sum = 0;
+    for (std::uint64_t e = 0; e < num_experts; ++e) sum += copied[kBoardWords + e];
+    return sum == copied[kAssignments];
+  };
+  return read_settled(copy, board_block_words(num_experts), kPasses, kStartedPasses, adds_up,
+                      words);
 }
 
 // The same for a block in this process's memory.

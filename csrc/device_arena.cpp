@@ -11,15 +11,6 @@ std::uint64_t aligned(std::uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
-Divisor::Divisor(std::uint64_t every) {
-  const int twos = __builtin_ctzll(every);
-  const std::uint64_t odd = every >> twos;
-  mask = (std::uint64_t{1} << twos) - 1;
-  inverse = odd;  // right in the lowest three bits; each step doubles them
-  for (int bits = 3; bits < 64; bits *= 2) inverse *= 2 - odd * inverse;
-  limit = UINT64_MAX / odd;
-}
-
 DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane,
                          std::uint32_t num_lanes)
     : first_lane_(first_lane), num_lanes_(num_lanes) {
@@ -30,6 +21,8 @@ DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane
     widest = std::max(widest, padded);
   }
   board_bytes_ = writer.section(SectionKind::kBoard, first_lane).bytes;
+  if (writer.group_size() != 0)
+    traffic_bytes_ = aligned(writer.section(SectionKind::kTraffic, first_lane).bytes);
   scratch_bytes_ = aligned((kScratchCounts + widest) * 4);
   const auto take = [&](std::uint64_t bytes) {
     const std::uint64_t at = bytes_;
@@ -42,6 +35,7 @@ DeviceArena::DeviceArena(const RecordingWriter& writer, std::uint32_t first_lane
   clock_ = take(8);
   scratch_ = take(num_lanes * scratch_bytes_);
   totals_ = take(num_lanes * board_bytes_);
+  traffic_ = take(num_lanes * traffic_bytes_);
 }
 
 std::vector<std::uint8_t> DeviceArena::image(const RecordingWriter& writer, std::uint64_t arena,

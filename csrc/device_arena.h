@@ -4,16 +4,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "divisor.h"
 #include "format.h"
 #include "recording_writer.h"
 
 namespace dodoco {
-
-// What tells multiples of `every`, at least 1: see ControlBlock.
-struct Divisor {
-  std::uint64_t mask, inverse, limit;
-  explicit Divisor(std::uint64_t every);
-};
 
 // One allocation on a device. What comes before `zeroed` is copied there, what follows is cleared.
 class DeviceArena {
@@ -34,12 +29,13 @@ class DeviceArena {
   std::uint64_t clock() const { return clock_; }
   std::uint64_t scratch(std::uint32_t lane) const { return scratch_ + lane * scratch_bytes_; }
   std::uint64_t totals(std::uint32_t lane) const { return totals_ + lane * board_bytes_; }
+  std::uint64_t traffic(std::uint32_t lane) const { return traffic_ + lane * traffic_bytes_; }
 
  private:
   std::uint32_t first_lane_ = 0, num_lanes_ = 0;
-  std::uint64_t lanes_ = 0, sites_ = 0, clock_ = 0, scratch_ = 0, totals_ = 0;
+  std::uint64_t lanes_ = 0, sites_ = 0, clock_ = 0, scratch_ = 0, totals_ = 0, traffic_ = 0;
   std::uint64_t zeroed_ = 0, bytes_ = 0;
-  std::uint64_t scratch_bytes_ = 0, board_bytes_ = 0;
+  std::uint64_t scratch_bytes_ = 0, board_bytes_ = 0, traffic_bytes_ = 0;
 };
 
 }  // namespace dodoco

@@ -39,6 +39,8 @@ DeviceLanes::DeviceLanes(RecordingWriter* writer, int device, std::uint32_t firs
   }
   for (std::uint32_t lane = 0; lane < num_lanes; ++lane)
     boards_.push_back(writer->section(SectionKind::kBoard, first_lane + lane).offset);
+  for (std::uint32_t lane = 0; lane < num_lanes && writer->group_size() != 0; ++lane)
+    traffic_.push_back(writer->section(SectionKind::kTraffic, first_lane + lane).offset);
   places_ = DeviceArena(*writer, first_lane, num_lanes);
 
   const cuda::Current current(context_->get());
@@ -88,11 +90,15 @@ std::size_t DeviceLanes::slot_of(ChoiceForm form, int id_bytes) {
   return id_bytes == 8 ? 2 : id_bytes == 4 ? 1 : 0;
 }
 
-// A function of a module, in the device's memory: none is loaded at its first launch.
-cuda::Function DeviceLanes::load(const std::string& name, const std::string& code) {
+cuda::Module DeviceLanes::load_module(const std::string& code) {
   cuda::Module module = nullptr;
   cuda::check(driver_.module_load(&module, code.data()), "cuModuleLoadData");
   modules_.push_back(module);
+  return module;
+}
+
+// A function of a module, in the device's memory: none is loaded at its first launch.
+cuda::Function DeviceLanes::load(cuda::Module module, const std::string& name) {
   cuda::Function function = nullptr;
   cuda::check(driver_.module_function(&function, module, name.c_str()), "cuModuleGetFunction");
   int registers = 0;
@@ -106,7 +112,7 @@ void DeviceLanes::add_kernel(const KernelSpec& spec) {
   if (!use) return;
   const cuda::Current current(context_->get());
   auto kernel = std::make_unique<Kernel>();
-  kernel->function = load(spec.name, spec.code);
+  kernel->function = load(load_module(spec.code), spec.name);
   if (spec.shared_bytes > 48 * 1024) {
     cuda::check(driver_.function_set(kernel->function, cuda::kMaxDynamicSharedBytes,
                                      static_cast<int>(spec.shared_bytes)),
@@ -135,7 +141,7 @@ void DeviceLanes::calibrate_clock(const std::string& name, const std::string& co
   const Use use(this);
   if (!use) return;
   const cuda::Current current(context_->get());
-  cuda::Function function = load(name, code);
+  cuda::Function function = load(load_module(code), name);
   cuda::Address out = arena_ + places_.clock();
   std::uint64_t shortest = UINT64_MAX;
   std::int64_t offset = 0;
@@ -253,9 +259,8 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
         (tensor.rows + kernel->rows_per_program - 1) / kernel->rows_per_program;
     programs = static_cast<unsigned>(std::min<std::int64_t>(needed, kernel->max_programs));
   }
-  const std::uint32_t lane = lane_of(stream);
+  const std::uint32_t lane = lane_for(stream);
   if (lane >= num_lanes()) return RecordResult::kNoLane;
-  if (!captured() && is_capturing(stream)) captured_.store(true, std::memory_order_relaxed);
 
   // What differs by lane and layer is an argument, so that the kernel has to look nothing up; what
   // changes while a captured graph lives is in the lane's control block.
@@ -272,21 +277,34 @@ RecordResult DeviceLanes::launch(std::uint64_t site, const DeviceTensor& tensor,
   cuda::Address unused[2] = {0, 0};  // Triton's own scratch, which the kernels do without
   void* params[] = {&data,    &control,    &totals,        &board, &layer_number, &top_k,    &rows,
                     &columns, &row_stride, &column_stride, &again, &unused[0],    &unused[1]};
-  const auto start = [&] {
-    return driver_.launch(kernel->function, programs, 1, 1, kernel->threads, 1, 1,
-                          kernel->shared_bytes, stream, params, nullptr);
+  return start(kernel->function, programs, kernel->threads, kernel->shared_bytes, stream, params);
+}
+
+RecordResult DeviceLanes::start(cuda::Function function, unsigned programs, unsigned threads,
+                                unsigned shared_bytes, cuda::Stream stream, void** params) {
+  const auto launch = [&] {
+    return driver_.launch(function, programs, 1, 1, threads, 1, 1, shared_bytes, stream, params,
+                          nullptr);
   };
-  cuda::Result result = only_device_ ? start() : cuda::kInvalidContext;
+  cuda::Result result = only_device_ ? launch() : cuda::kInvalidContext;
   if (result == cuda::kInvalidContext) {
     // The thread may have another device current, or, where nothing ran in it yet, none.
     cuda::Context popped = nullptr;
     result = driver_.push(context_->get());
     if (result == cuda::kSuccess) {
-      result = start();
+      result = launch();
       driver_.pop(&popped);
     }
   }
   return result == cuda::kSuccess ? RecordResult::kRecorded : RecordResult::kDeviceError;
+}
+
+// The lane for a launch in a stream, after a look at whether that is a capture.
+std::uint32_t DeviceLanes::lane_for(cuda::Stream stream) {
+  const std::uint32_t lane = lane_of(stream);
+  if (lane < num_lanes() && !captured() && is_capturing(stream))
+    captured_.store(true, std::memory_order_relaxed);
+  return lane;
 }
 
 void DeviceLanes::close(cuda::Stream current_stream) {

@@ -84,6 +84,19 @@ class DeviceLanes {
   RecordResult launch(std::uint64_t site, const DeviceTensor& tensor, cuda::Stream stream,
                       bool recomputed);
 
+  // Loads the kernels that write transfers. Throws cuda::Error, or std::invalid_argument where the
+  // recording has no group.
+  void add_transfers(const std::string& code);
+
+  // Stamps the begin of a transfer: one node. `slot` is one of kTransfersAtOnce, and may be taken
+  // again after the transfer's end.
+  RecordResult begin_transfer(std::uint32_t slot, cuda::Stream stream);
+
+  // Records a transfer: one node. Counts are at addresses of the device, or, where those are null,
+  // in `constants`, one behind the other, at most Constants::kMost.
+  RecordResult end_transfer(const Transfer& transfer, const std::vector<std::uint32_t>& constants,
+                            cuda::Stream stream);
+
   // Waits for the device, switches off, and lets go of everything. After a capture it all stays,
   // switched off. Nor can it wait while `current`, the calling thread's stream, is being captured:
   // then it switches off at once. Idempotent.
@@ -133,11 +146,15 @@ class DeviceLanes {
 
   static std::size_t slot_of(ChoiceForm form, int id_bytes);
   cuda::Address lane_address(std::uint32_t lane) const { return arena_ + places_.lane(lane); }
-  cuda::Function load(const std::string& name, const std::string& code);
+  cuda::Module load_module(const std::string& code);
+  cuda::Function load(cuda::Module module, const std::string& name);
   void set_up();
   void finish_own_stream();
   void write_words(cuda::Address at, const void* words, std::size_t count, cuda::Stream stream);
   std::uint32_t lane_of(cuda::Stream stream);
+  std::uint32_t lane_for(cuda::Stream stream);
+  RecordResult start(cuda::Function function, unsigned programs, unsigned threads,
+                     unsigned shared_bytes, cuda::Stream stream, void** params);
   bool is_capturing(cuda::Stream stream) const;
   void check_lane(std::uint32_t lane) const;
   void switch_all_off(cuda::Stream current);
@@ -156,7 +173,9 @@ class DeviceLanes {
   cuda::Stream own_stream_ = nullptr;  // for what nobody launched: waits for no work of the host's
   std::uint64_t clock_ = 0;            // as last read; where a copy under way may still store it
   std::vector<Layer> layers_;
-  std::vector<std::uint64_t> boards_;  // of each lane: where in the file
+  std::vector<std::uint64_t> boards_;   // of each lane: where in the file
+  std::vector<std::uint64_t> traffic_;  // likewise; none without a group
+  cuda::Function transfer_begin_ = nullptr, transfer_end_ = nullptr, transfer_constants_ = nullptr;
   std::array<LaneSettings, kMaxLanes> settings_;
   std::vector<cuda::Module> modules_;
   std::vector<std::unique_ptr<Kernel>> kernels_;

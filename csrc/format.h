@@ -20,6 +20,7 @@ constexpr std::uint32_t kMaxSections = 64;
 constexpr std::uint32_t kMaxLanes = 16;
 constexpr std::uint32_t kMaxLayers = 65536;  // a ring record keeps the layer in 16 bits
 constexpr std::uint32_t kMaxExperts = 65536;
+constexpr std::uint32_t kMaxRanks = 1024;  // of a group: its two rows of counts fit one record
 constexpr std::uint64_t kSectionAlignment = 64;
 constexpr std::uint64_t kMaxMetadataBytes = 16u << 20;
 constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 32;
@@ -34,6 +35,7 @@ enum class SectionKind : std::uint32_t {
   kPlacement = 5,   // reserved: physical expert maps, one entry at each change
   kPassCounts = 6,  // reserved: packed per-pass counts, on request only
   kTokenIds = 7,    // reserved: per-token ids, on request only
+  kTraffic = 8,     // one per lane, where a group was named: TrafficHeader, then blocks
 };
 
 struct Section {
@@ -57,6 +59,7 @@ enum class Fault : std::uint32_t {
   kNoDevice = 7,     // the device could not be set up: its layers are not recorded
   kNoLane = 8,       // more streams at the same time than lanes
   kDeviceError = 9,  // a launch was refused
+  kUnattributed = 10,  // an AlltoAll that fits no layer or no forward one
 };
 
 struct FileHeader {
@@ -143,13 +146,15 @@ constexpr std::uint32_t kSlotBytes = kSlotWords * 8;
 
 enum class RecordType : std::uint32_t {
   kRoute = 1,
-  kDispatch = 2,       // reserved
-  kCombine = 3,        // reserved
-  kContinuation = 15,  // reserved: further slots of a longer record
+  kDispatch = 2,
+  kCombine = 3,
+  kContinuation = 15,  // further slots of a longer record: word 0 this, the others its counts
 };
 // Word 0 of every slot: type (8 bits), slots of the whole record (8), flags (16).
 constexpr std::uint32_t kFlagBackward = 1u << 16;
 constexpr std::uint32_t kFlagRecompute = 1u << 17;
+constexpr std::uint32_t kFlagUntimed = 1u << 18;  // begin and end are not those of the transfer
+constexpr std::uint32_t kFlagTokens = 1u << 19;   // a row is a token, not an assignment
 
 enum RouteWord : std::uint32_t {
   kRouteType = 0,
@@ -170,6 +175,75 @@ enum RouteWord : std::uint32_t {
   kRouteMapVersion = 15,
 };
 
+// One execution of an AlltoAll by one rank. From kTransferCounts on, and through the slots that
+// follow: rows sent to each rank, rows received from each rank, rows received for each local
+// expert.
+enum TransferWord : std::uint32_t {
+  kTransferType = 0,
+  kTransferLayer = 1,  // layer (low 16 bits), microbatch (high 16 bits)
+  kTransferIterationLow = 2,
+  kTransferIterationHigh = 3,
+  kTransferBeginLow = 4,  // monotonic nanoseconds
+  kTransferBeginHigh = 5,
+  kTransferEndLow = 6,
+  kTransferEndHigh = 7,
+  kTransferBytesPerRow = 8,
+  kTransferSizes = 9,      // ranks (low 16 bits), experts (high 16 bits)
+  kTransferSequence = 10,  // transfers of the lane before this one, low 32 bits
+  kTransferMapVersion = 11,
+  kTransferReserved = 12,
+  kTransferCounts = 13,
+};
+constexpr std::uint32_t kCountsInFirstSlot = 3;
+constexpr std::uint32_t kCountsInNextSlots = 15;
+static_assert(kTransferCounts + kCountsInFirstSlot == kSlotWords);
+static_assert(1 + kCountsInNextSlots == kSlotWords);
+constexpr std::uint32_t kMaxRecordSlots = 255;
+
+constexpr std::uint32_t transfer_slots(std::uint32_t num_counts) {
+  return num_counts <= kCountsInFirstSlot
+             ? 1
+             : 1 + (num_counts - kCountsInFirstSlot + kCountsInNextSlots - 1) / kCountsInNextSlots;
+}
+static_assert(transfer_slots(2 * kMaxRanks) <= kMaxRecordSlots);
+
+// --- Traffic: exact totals of transfers, a block for each layer and type. ------------------------
+struct TrafficHeader {
+  std::uint64_t num_ranks;  // of the group
+  std::uint64_t index;      // of the writing rank in it
+  std::uint64_t reserved[6];
+};
+static_assert(sizeof(TrafficHeader) == 64);
+
+// A block, as 8-byte words.
+enum TrafficWord : std::uint32_t {
+  kTransfers = 0,  // executions of any kind; stored last
+  kForward = 1,    // forward, not recomputed: what the rows below count
+  kBackward = 2,
+  kRecomputedTransfers = 3,
+  kUntimed = 4,    // of any kind, without a duration
+  kSentBytes = 5,  // of any kind
+  kReceivedBytes = 6,
+  kDurationNs = 7,    // of any kind that is timed
+  kSentRows = 8,      // equals the sum of the rows sent when the block is consistent
+  kReceivedRows = 9,  // likewise
+  kLastEndMonotonicNs = 10,
+  kStartedTransfers = 11,  // stored first, as kTransfers is stored last: equal between transfers
+  kTrafficWords = 16,      // from here: rows sent to each rank, then rows received from each rank
+};
+
+constexpr std::uint32_t kTransferTypes = 2;
+
+// Which block, of a layer and a type that may carry flags.
+constexpr std::uint64_t traffic_block(std::uint64_t layer, std::uint32_t type) {
+  return layer * kTransferTypes +
+         ((type & 0xFF) - static_cast<std::uint32_t>(RecordType::kDispatch));
+}
+
+constexpr std::uint64_t traffic_block_words(std::uint64_t num_ranks) {
+  return kTrafficWords + (2 * num_ranks + 7) / 8 * 8;
+}
+
 // --- What an op receives instead of arguments that could change under a captured graph. ---------
 struct ControlBlock {          // one per lane, at a fixed address of the executing device
   std::uint64_t magic;         // 0 once detached: a graph that is replayed later records nothing
@@ -179,7 +253,7 @@ struct ControlBlock {          // one per lane, at a fixed address of the execut
   std::int64_t num_valid;      // rows that are real; the rest is padding. Negative: all
   std::uint32_t map_version;
   std::uint32_t microbatch;
-  // The rest is for device lanes; addresses are those of the executing device.
+  // The addresses and the clock are for device lanes, and those of the executing device.
   std::uint64_t ring;            // the lane's RingHeader in the mapped file
   std::uint64_t log2_slots;      // slots of the ring
   std::int64_t clock_offset_ns;  // device clock + this = monotonic clock of the host
@@ -195,13 +269,16 @@ static_assert(offsetof(ControlBlock, ring) == 40);
 static_assert(offsetof(ControlBlock, every_limit) == 88);
 static_assert(sizeof(ControlBlock) == 128);
 
-struct LaneState {  // what a device lane remembers from pass to pass
+struct LaneState {  // what a lane remembers from pass to pass
   std::uint64_t iteration;
   std::int64_t last_layer;  // -1 before the first pass
   std::uint64_t head;       // of the ring
-  std::uint64_t reserved[13];
+  std::uint64_t transfers;  // recorded
+  std::uint64_t reserved[12];
 };
 static_assert(sizeof(LaneState) == 128);
+
+constexpr std::uint32_t kTransfersAtOnce = 16;  // of a device lane
 
 // A lane on a device. Everything has its place behind one address, so that a kernel can ask for all
 // of it at once: each look that depended on another one would cost a trip to memory.
@@ -209,10 +286,11 @@ struct DeviceLane {
   ControlBlock control;
   LaneState state;
   std::uint32_t max_mean_eighths[kMaxMeanBins];
-  std::uint64_t reserved[16];
+  std::uint64_t begins[kTransfersAtOnce];  // of transfers under way, monotonic nanoseconds
 };
 static_assert(offsetof(DeviceLane, state) == 128);
 static_assert(offsetof(DeviceLane, max_mean_eighths) == 256);
+static_assert(offsetof(DeviceLane, begins) == 384);
 static_assert(sizeof(DeviceLane) == 512);
 
 // Where the programs of one launch meet, u32 words, all zero between launches.

@@ -4,6 +4,8 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "divisor.h"
+
 namespace dodoco {
 
 class Lane::Turn {
@@ -19,8 +21,8 @@ class Lane::Turn {
   Lane* lane_;
 };
 
-Lane::Lane(std::vector<Layer> layers, RingWriter ring, void* recording)
-    : layers_(std::move(layers)), ring_(ring) {
+Lane::Lane(std::vector<Layer> layers, RingWriter ring, Traffic traffic, void* recording)
+    : layers_(std::move(layers)), ring_(ring), traffic_(traffic) {
   std::uint32_t largest = 1;
   for (const Layer& layer : layers_) largest = std::max(largest, layer.num_experts);
   histogram_.assign(largest + 2, 0);
@@ -28,7 +30,7 @@ Lane::Lane(std::vector<Layer> layers, RingWriter ring, void* recording)
   control_.magic = kControlMagic;
   control_.recording = reinterpret_cast<std::uintptr_t>(recording);
   control_.enabled = 1;
-  control_.record_every = 1;
+  set_record_every(&control_, 1);
   control_.num_valid = -1;
 }
 
@@ -154,6 +156,44 @@ RecordResult Lane::record(std::uint64_t layer_index, const MapTensor& map, bool 
         for (std::uint32_t e = 0; e < experts; ++e) totals->assignments += histogram[e];
         return RecordResult::kRecorded;
       });
+}
+
+RecordResult check_transfer(const Transfer& t, std::uint32_t num_ranks, std::uint64_t num_slots) {
+  const std::uint32_t type = t.type & 0xFF;
+  if (type != static_cast<std::uint32_t>(RecordType::kDispatch) &&
+      type != static_cast<std::uint32_t>(RecordType::kCombine))
+    return RecordResult::kBadSite;
+  if (t.sent.size != num_ranks || t.received.size != num_ranks) return RecordResult::kBadShape;
+  if (t.experts.size > UINT16_MAX) return RecordResult::kTooLarge;
+  // A record that took more than half of the ring could hardly ever be read.
+  const std::uint32_t slots = transfer_slots(2 * num_ranks + t.experts.size);
+  return slots > kMaxRecordSlots || slots > num_slots / 2 ? RecordResult::kTooLarge
+                                                          : RecordResult::kRecorded;
+}
+
+RecordResult Lane::record(const Transfer& transfer, std::int64_t* iteration) {
+  if (!alive_.load(std::memory_order_relaxed)) return RecordResult::kIgnored;
+  if (traffic_.blocks == nullptr || transfer.layer >= layers_.size()) return RecordResult::kBadSite;
+  const RecordResult checked = check_transfer(transfer, traffic_.num_ranks, ring_.num_slots());
+  if (checked != RecordResult::kRecorded) return checked;
+  const Turn turn(this);
+  if (!alive_.load(std::memory_order_relaxed)) return RecordResult::kIgnored;
+  const std::uint64_t block =
+      traffic_block(transfer.layer, transfer.type) * traffic_block_words(traffic_.num_ranks);
+  LaneState state{iteration_, last_layer_, load_word(&ring_.header()->head), transfers_, {}};
+  const TransferPlace place{&control_,
+                            &state,
+                            reinterpret_cast<std::uint64_t*>(ring_.header()),
+                            traffic_.blocks + block,
+                            traffic_.blocks + block,
+                            ring_.log2_slots()};
+  Alone alone;
+  const std::int64_t recorded = write_transfer(place, transfer, 0, 1, alone);
+  iteration_ = state.iteration;
+  last_layer_ = state.last_layer;
+  transfers_ = state.transfers;
+  if (iteration != nullptr) *iteration = recorded;
+  return recorded < 0 ? RecordResult::kIgnored : RecordResult::kRecorded;
 }
 
 thread_local LaneChoice::OfThread LaneChoice::of_thread_{};

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "board.h"
+#include "capture.h"
 #include "format.h"
 #include "ring.h"
 #include "route_stats.h"
@@ -49,6 +50,10 @@ inline std::uint64_t monotonic_ns() {
          static_cast<std::uint64_t>(now.tv_nsec);
 }
 
+// Whether a transfer fits a group of `num_ranks` and a ring of `num_slots`.
+RecordResult check_transfer(const Transfer& transfer, std::uint32_t num_ranks,
+                            std::uint64_t num_slots);
+
 class Lane {
  public:
   struct Layer {
@@ -57,13 +62,22 @@ class Lane {
     std::uint32_t top_k;
   };
 
-  Lane(std::vector<Layer> layers, RingWriter ring, void* recording);
+  // Blocks of a traffic section that belongs to the lane; none where no group was named.
+  struct Traffic {
+    std::uint64_t* blocks = nullptr;
+    std::uint32_t num_ranks = 0;
+  };
+
+  Lane(std::vector<Layer> layers, RingWriter ring, Traffic traffic, void* recording);
 
   ControlBlock* control() { return &control_; }
 
   // Records one pass of `layer`. Thread-safe: threads that share a lane take turns.
   RecordResult record(std::uint64_t layer, const IdTensor& ids, bool recomputed);
   RecordResult record(std::uint64_t layer, const MapTensor& map, bool recomputed);
+
+  // Records a transfer; its iteration goes to `iteration` where it is not null. Thread-safe.
+  RecordResult record(const Transfer& transfer, std::int64_t* iteration);
 
   // After this, every record() is ignored; returns once none is under way.
   void close();
@@ -81,8 +95,10 @@ class Lane {
   std::atomic<bool> busy_{false};
   std::vector<Layer> layers_;
   RingWriter ring_;
+  Traffic traffic_;
   std::uint64_t iteration_ = 0;
   std::int64_t last_layer_ = -1;
+  std::uint64_t transfers_ = 0;
   std::vector<std::uint32_t> histogram_;  // all zero between passes
   std::vector<std::uint32_t> scratch_;
 };

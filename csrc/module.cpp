@@ -21,4 +21,5 @@ PYBIND11_MODULE(_C, m) {
   dodoco::register_reader(m);
   dodoco::register_ops(m);
   dodoco::register_device(m);
+  dodoco::register_capture(m);
 }

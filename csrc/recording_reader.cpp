@@ -9,9 +9,11 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "board.h"
+#include "capture.h"
 #include "ring.h"
 
 namespace dodoco {
@@ -69,6 +71,62 @@ RouteRecord decode_route(const std::uint32_t (&v)[kSlotWords], std::uint32_t lan
   r.direction = (v[kRouteType] & kFlagBackward) != 0;
   r.recompute = (v[kRouteType] & kFlagRecompute) != 0;
   return r;
+}
+
+// A record of several slots, as far as it has been read.
+struct Partial {
+  std::vector<std::uint32_t> words;  // of all its slots
+  std::uint64_t start = 0;           // its position
+  std::uint32_t slots = 0;           // read so far
+  std::uint32_t expected = 0;        // slots of the whole record
+
+  void begin(std::uint64_t position, const std::uint32_t (&values)[kSlotWords]) {
+    start = position;
+    slots = 0;
+    expected = values[kTransferType] >> 8 & 0xFF;
+    words.clear();
+    add(values);
+  }
+  void add(const std::uint32_t (&values)[kSlotWords]) {
+    words.insert(words.end(), values, values + kSlotWords);
+    ++slots;
+  }
+  bool is_whole() const { return slots != 0 && slots >= expected; }
+  std::uint32_t drop() { return std::exchange(slots, 0); }
+};
+
+// False: not a transfer of a group of `group_size`.
+bool decode_transfer(const Partial& record, std::uint32_t group_size, std::uint32_t lane,
+                     std::uint64_t clock_offset_ns, RingRead* result) {
+  const std::uint32_t* v = record.words.data();
+  const std::uint32_t ranks = v[kTransferSizes] & 0xFFFF, experts = v[kTransferSizes] >> 16;
+  if (ranks != group_size || transfer_slots(2 * ranks + experts) != record.expected) return false;
+  const auto wide = [&](int low, int high) { return v[low] | std::uint64_t{v[high]} << 32; };
+  TransferRecord r{};
+  r.iteration = wide(kTransferIterationLow, kTransferIterationHigh);
+  r.begin_ns = wide(kTransferBeginLow, kTransferBeginHigh) + clock_offset_ns;
+  r.end_ns = wide(kTransferEndLow, kTransferEndHigh) + clock_offset_ns;
+  r.layer = v[kTransferLayer] & 0xFFFF;
+  r.microbatch = v[kTransferLayer] >> 16;
+  r.bytes_per_row = v[kTransferBytesPerRow];
+  r.sequence = v[kTransferSequence];
+  r.num_experts = experts;
+  r.map_version = v[kTransferMapVersion];
+  r.type = static_cast<std::uint8_t>(v[kTransferType]);
+  r.lane = static_cast<std::uint8_t>(lane);
+  r.direction = (v[kTransferType] & kFlagBackward) != 0;
+  r.recompute = (v[kTransferType] & kFlagRecompute) != 0;
+  r.timed = (v[kTransferType] & kFlagUntimed) == 0;
+  r.unit = (v[kTransferType] & kFlagTokens) != 0;
+  result->transfers.push_back(r);
+  for (std::uint32_t i = 0; i < 2 * ranks + experts; ++i)
+    result->counts.push_back(v[capture::place_of_count(i)]);
+  return true;
+}
+
+bool is_transfer(std::uint32_t type) {
+  return type == static_cast<std::uint32_t>(RecordType::kDispatch) ||
+         type == static_cast<std::uint32_t>(RecordType::kCombine);
 }
 
 }  // namespace
@@ -191,6 +249,7 @@ void RecordingReader::find_sections(const FileHeader& h) {
   boards_.assign(h.num_lanes, 0);
   rings_.assign(h.num_lanes, Ring{0, 0});
   std::vector<std::uint64_t> board_bytes(h.num_lanes, 0);
+  std::vector<const Section*> traffic(h.num_lanes, nullptr);
   std::vector<std::pair<std::uint64_t, std::uint64_t>> taken;  // begin and end of each section
   const Section* layer_table = nullptr;
   for (std::uint32_t i = 0; i < h.num_sections; ++i) {
@@ -225,6 +284,11 @@ void RecordingReader::find_sections(const FileHeader& h) {
         rings_[s.lane] = Ring{s.offset, s.count};
         break;
       }
+      case SectionKind::kTraffic:
+        if (s.lane >= h.num_lanes)
+          fail(Problem::kDamaged, "is damaged: traffic of an unknown lane");
+        traffic[s.lane] = &s;
+        break;
       default:
         break;  // sections of later writers are skipped
     }
@@ -240,6 +304,32 @@ void RecordingReader::find_sections(const FileHeader& h) {
   layers_.resize(layer_table->count);
   copy(layer_table->offset, layer_table->bytes, layers_.data());
   check_layers(board_bytes);
+  check_traffic(traffic);
+}
+
+// All lanes have traffic of one group, or none has.
+void RecordingReader::check_traffic(const std::vector<const Section*>& sections) {
+  for (const Section* s : sections) {
+    if ((s == nullptr) != (sections[0] == nullptr))
+      fail(Problem::kDamaged, "is damaged: a lane has no traffic");
+    if (s == nullptr) continue;
+    if (s->bytes < sizeof(TrafficHeader)) fail(Problem::kDamaged, "is damaged: impossible traffic");
+    TrafficHeader header;
+    copy(s->offset, sizeof(header), &header);
+    const bool first = s == sections[0];
+    if (header.num_ranks < 1 || header.num_ranks > kMaxRanks || header.index >= header.num_ranks ||
+        s->count != layers_.size() * kTransferTypes || s->stride % 8 != 0 ||
+        s->stride < traffic_block_words(header.num_ranks) * 8 || s->stride > kMaxFileBytes ||
+        s->stride * s->count > s->bytes - sizeof(header) ||
+        (!first && (header.num_ranks != group_size_ || header.index != group_index_ ||
+                    s->stride != traffic_stride_))) {
+      fail(Problem::kDamaged, "is damaged: impossible traffic");
+    }
+    group_size_ = static_cast<std::uint32_t>(header.num_ranks);
+    group_index_ = static_cast<std::uint32_t>(header.index);
+    traffic_stride_ = s->stride;
+    traffic_.push_back(s->offset + sizeof(header));
+  }
 }
 
 void RecordingReader::check_layers(const std::vector<std::uint64_t>& board_bytes) const {
@@ -286,24 +376,45 @@ bool RecordingReader::read_board(std::uint32_t lane, std::uint32_t layer,
   return read_block(fetch, layers_[layer].num_experts, words);
 }
 
+bool RecordingReader::read_traffic(std::uint32_t lane, std::uint64_t block,
+                                   std::uint64_t* words) const {
+  const std::uint64_t at = traffic_.at(lane) + block * traffic_stride_;
+  if (block >= layers_.size() * kTransferTypes) throw std::out_of_range("no such traffic block");
+  const auto fetch = [&](std::uint64_t first, std::uint64_t count, std::uint64_t* to) {
+    copy(at + first * 8, count * 8, to);
+  };
+  const auto counts_add_up = [&](const std::uint64_t* copied) {
+    const std::uint64_t* sent = copied + kTrafficWords;
+    const std::uint64_t* received = sent + group_size_;
+    return std::accumulate(sent, received, std::uint64_t{0}) == copied[kSentRows] &&
+           std::accumulate(received, received + group_size_, std::uint64_t{0}) ==
+               copied[kReceivedRows];
+  };
+  return read_settled(fetch, traffic_block_words(group_size_), kTransfers, kStartedTransfers,
+                      counts_add_up, words);
+}
+
 RingRead RecordingReader::read_ring(std::uint32_t lane, std::uint64_t position,
                                     std::uint64_t limit) const {
   const Ring ring = rings_.at(lane);
-  RingRead result{{}, position, 0, 0};
+  RingRead result{};
+  result.next = position;
   std::uint64_t head = this->head(lane);
   result.records.reserve(std::min({head > position ? head - position : 0, ring.num_slots, limit}));
   const std::unique_ptr<SlotBuffer> buffer(new SlotBuffer);  // not cleared
   bool orphaned = false;
+  Partial partial;
+  const auto num_read = [&] { return result.records.size() + result.transfers.size(); };
   // A writer that is faster than we are could keep us here: a ring's worth is enough for one call.
   std::uint64_t budget = ring.num_slots;
-  while (result.next < head && result.records.size() < limit && budget > 0) {
+  while (result.next < head && num_read() < limit && budget > 0) {
     if (head - result.next > ring.num_slots) {
-      result.lost += head - ring.num_slots - result.next;
+      result.lost += partial.drop() + (head - ring.num_slots - result.next);
       result.next = head - ring.num_slots;
     }
     const std::uint64_t first = result.next & (ring.num_slots - 1);
-    const std::uint64_t count = std::min({head - result.next, ring.num_slots - first,
-                                          limit - result.records.size(), budget, kSlotsPerRead});
+    const std::uint64_t count = std::min(
+        {head - result.next, ring.num_slots - first, limit - num_read(), budget, kSlotsPerRead});
     copy(ring.offset + sizeof(RingHeader) + first * kSlotBytes, count * kSlotBytes, buffer->words);
     budget -= count;
     bool lapped = false;
@@ -313,23 +424,49 @@ RingRead RecordingReader::read_ring(std::uint32_t lane, std::uint64_t position,
                                       ring_epoch(result.next, ring.num_slots), values);
       if (read == SlotRead::kNotYet && !orphaned) {
         // The head was seen before the slot. Nobody will complete what a dead writer left.
-        if (owner() == Owner::kAlive) return result;
+        if (owner() == Owner::kAlive) {
+          result.next -= partial.drop();
+          return result;
+        }
         orphaned = true;
         budget += count;
         break;  // read it once more: it may have been completed before the owner went
       }
       ++result.next;
       if (read != SlotRead::kWhole) {
-        ++result.lost;
+        result.lost += partial.drop() + 1;
         lapped = lapped || read == SlotRead::kLapped;
-      } else if ((values[kRouteType] & 0xFF) == static_cast<std::uint32_t>(RecordType::kRoute)) {
-        result.records.push_back(decode_route(values, lane, clock_offset_ns_));
+        continue;
+      }
+      const std::uint32_t type = values[kRouteType] & 0xFF;
+      if (type == static_cast<std::uint32_t>(RecordType::kContinuation)) {
+        if (partial.slots == 0) {  // what it continues was overwritten
+          ++result.lost;
+          continue;
+        }
+        partial.add(values);
       } else {
-        ++result.unknown;
+        result.unknown += partial.drop();  // its other slots never came
+        if (type == static_cast<std::uint32_t>(RecordType::kRoute)) {
+          result.records.push_back(decode_route(values, lane, clock_offset_ns_));
+          continue;
+        }
+        if (!is_transfer(type)) {
+          ++result.unknown;
+          continue;
+        }
+        partial.begin(result.next - 1, values);
+      }
+      if (partial.is_whole()) {
+        const bool known = decode_transfer(partial, group_size_, lane, clock_offset_ns_, &result);
+        const std::uint32_t slots = partial.drop();
+        if (!known) result.unknown += slots;
       }
     }
     if (lapped) head = std::max(head, this->head(lane));
   }
+  // Some of it is behind the limit: next time.
+  result.next -= partial.drop();
   return result;
 }
 

@@ -59,11 +59,33 @@ struct RouteRecord {  // the numpy dtype of recording.py mirrors this
 };
 static_assert(sizeof(RouteRecord) == 72);
 
+struct TransferRecord {  // the numpy dtype of transfers.py mirrors this
+  std::uint64_t iteration;
+  std::uint64_t begin_ns, end_ns;  // Unix time, by the clock of the recording's machine
+  std::uint32_t layer;
+  std::uint32_t microbatch;
+  std::uint32_t bytes_per_row;
+  std::uint32_t sequence;
+  std::uint32_t num_experts;
+  std::uint32_t map_version;
+  std::uint8_t type;
+  std::uint8_t lane;
+  std::uint8_t direction;  // 0 forward, 1 backward
+  std::uint8_t recompute;
+  std::uint8_t timed;
+  std::uint8_t unit;  // 0 assignments, 1 tokens
+  std::uint16_t reserved;
+};
+static_assert(sizeof(TransferRecord) == 56);
+
 struct RingRead {
   std::vector<RouteRecord> records;
+  std::vector<TransferRecord> transfers;
+  // Of all transfers one after another: sent [ranks], received [ranks], experts [num_experts].
+  std::vector<std::uint32_t> counts;
   std::uint64_t next;     // the position to continue from
-  std::uint64_t lost;     // overwritten before they could be read
-  std::uint64_t unknown;  // record types that this version does not know
+  std::uint64_t lost;     // slots overwritten before they could be read
+  std::uint64_t unknown;  // slots of records that this version does not know
 };
 
 enum class Owner { kAlive, kGone };
@@ -88,6 +110,14 @@ class RecordingReader {
   // is consistent (its counts sum to its assignments and nothing moved meanwhile).
   bool read_board(std::uint32_t lane, std::uint32_t layer, std::uint64_t* words) const;
 
+  // Ranks of the group that transfers are between; 0: none are recorded.
+  std::uint32_t group_size() const { return group_size_; }
+  std::uint32_t group_index() const { return group_index_; }
+
+  // Copies a traffic block of a lane to `words` [traffic_block_words(group_size())]; see
+  // traffic_block(). True: the copy is consistent.
+  bool read_traffic(std::uint32_t lane, std::uint64_t block, std::uint64_t* words) const;
+
   // The records of a lane from `position` on, at most `limit`.
   RingRead read_ring(std::uint32_t lane, std::uint64_t position, std::uint64_t limit) const;
 
@@ -99,6 +129,7 @@ class RecordingReader {
   void validate();
   void find_sections(const FileHeader& header);
   void check_layers(const std::vector<std::uint64_t>& board_bytes) const;
+  void check_traffic(const std::vector<const Section*>& sections);
   void copy(std::uint64_t offset, std::uint64_t bytes, void* to) const;
   [[noreturn]] void fail(Problem problem, const std::string& what) const;
   [[noreturn]] void fail_unborn() const;
@@ -110,6 +141,9 @@ class RecordingReader {
   std::vector<LayerEntry> layers_;
   std::vector<std::uint64_t> boards_;
   std::vector<Ring> rings_;
+  std::vector<std::uint64_t> traffic_;  // where the blocks of each lane begin
+  std::uint64_t traffic_stride_ = 0;
+  std::uint32_t group_size_ = 0, group_index_ = 0;
   std::uint64_t clock_offset_ns_ = 0;
 };
 

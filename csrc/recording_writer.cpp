@@ -145,6 +145,12 @@ void RecordingWriter::lay_out(const RecordingSpec& spec) {
                                 " bytes; at most " + std::to_string(kMaxMetadataBytes) +
                                 ": shorten the labels");
   }
+  group_size_ = spec.group_size;
+  if (group_size_ > kMaxRanks || (group_size_ != 0 && spec.group_index >= group_size_)) {
+    throw std::invalid_argument("rank " + std::to_string(spec.group_index) + " of a group of " +
+                                std::to_string(group_size_) + "; groups have 1 to " +
+                                std::to_string(kMaxRanks) + " ranks, numbered from 0");
+  }
   std::uint64_t board_bytes = 0;
   for (const LayerSpec& layer : spec.layers) {
     const std::string where = "layer " + std::to_string(layers_.size());
@@ -173,17 +179,25 @@ void RecordingWriter::lay_out(const RecordingSpec& spec) {
   for (std::uint32_t lane = 0; lane < spec.num_lanes; ++lane) {
     add(SectionKind::kBoard, lane, board_bytes, layers_.size(), 0);
   }
+  const std::uint64_t blocks = layers_.size() * kTransferTypes;
+  const std::uint64_t block_bytes = traffic_block_words(group_size_) * 8;
+  for (std::uint32_t lane = 0; lane < spec.num_lanes && group_size_ != 0; ++lane) {
+    add(SectionKind::kTraffic, lane, sizeof(TrafficHeader) + blocks * block_bytes, blocks,
+        block_bytes);
+  }
 
   // The rings take what the cap leaves: as many slots as fit, a power of two.
   const auto total = [&](std::uint64_t slots) {
     return offset + spec.num_lanes * (sizeof(RingHeader) + slots * kSlotBytes);
   };
-  if (total(kMinSlots) > spec.max_bytes) {
-    throw std::invalid_argument("the recording needs at least " + std::to_string(total(kMinSlots)) +
+  std::uint64_t least = kMinSlots;  // a few of the longest records
+  while (least < 8 * std::uint64_t{transfer_slots(2 * group_size_)}) least *= 2;
+  if (total(least) > spec.max_bytes) {
+    throw std::invalid_argument("the recording needs at least " + std::to_string(total(least)) +
                                 " bytes and may have " + std::to_string(spec.max_bytes) +
                                 "; raise DODOCO_MAX_BYTES or free space");
   }
-  num_slots_ = kMinSlots;
+  num_slots_ = least;
   while (total(num_slots_ * 2) <= spec.max_bytes) num_slots_ *= 2;
   for (std::uint32_t lane = 0; lane < spec.num_lanes; ++lane) {
     add(SectionKind::kRing, lane, sizeof(RingHeader) + num_slots_ * kSlotBytes, num_slots_,
@@ -210,6 +224,7 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
   std::copy(sections_.begin(), sections_.end(), header->sections);
 
   std::vector<std::uint8_t*> boards, rings;
+  std::vector<Lane::Traffic> traffic(spec.num_lanes);
   for (const Section& section : sections_) {
     std::uint8_t* at = base_ + section.offset;
     switch (static_cast<SectionKind>(section.kind)) {
@@ -222,6 +237,11 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
       case SectionKind::kBoard:
         boards.push_back(at);
         break;
+      case SectionKind::kTraffic:
+        *reinterpret_cast<TrafficHeader*>(at) = {group_size_, spec.group_index, {}};
+        traffic[section.lane] = {reinterpret_cast<std::uint64_t*>(at + sizeof(TrafficHeader)),
+                                 group_size_};
+        break;
       default:
         rings.push_back(at);
     }
@@ -233,7 +253,7 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
       layers.push_back({BoardWriter(block, entry.num_experts), entry.num_experts, entry.top_k});
     }
     const RingWriter ring(reinterpret_cast<RingHeader*>(rings[lane]), num_slots_);
-    lanes_.push_back(new Lane(std::move(layers), ring, base_));
+    lanes_.push_back(new Lane(std::move(layers), ring, traffic[lane], base_));
   }
   header->state = static_cast<std::uint32_t>(FileState::kLive);
   // Readers look at nothing else until they see this.

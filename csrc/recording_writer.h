@@ -24,6 +24,8 @@ struct RecordingSpec {
   std::uint32_t mode = 0600;
   std::uint32_t rank = 0;
   std::uint32_t world_size = 1;
+  std::uint32_t group_size = 0;  // ranks that transfers are between; 0: none are recorded
+  std::uint32_t group_index = 0;
 };
 
 class RecordingWriter {
@@ -59,6 +61,7 @@ class RecordingWriter {
   void release();
 
   std::uint64_t num_slots() const { return num_slots_; }
+  std::uint32_t group_size() const { return group_size_; }
   std::uint64_t file_bytes() const { return file_bytes_; }
   bool closed() const { return base_ == nullptr; }
 
@@ -68,6 +71,7 @@ class RecordingWriter {
 
   std::uint64_t file_bytes_ = 0;
   std::uint64_t num_slots_ = 0;
+  std::uint32_t group_size_ = 0;
   std::vector<Section> sections_;
   std::vector<LayerEntry> layers_;
   std::vector<Lane*> lanes_;

@@ -47,6 +47,11 @@ class RingWriter {
     __builtin_prefetch(slot + 8, 1);
   }
 
+  // For records of several slots.
+  RingHeader* header() const { return header_; }
+  std::uint64_t num_slots() const { return num_slots_; }
+  std::uint32_t log2_slots() const { return log2_slots_; }
+
  private:
   RingHeader* header_ = nullptr;
   std::uint64_t* slots_ = nullptr;

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Body = Callable[[Any, Any], None]
+# Numbers, or where they lie: (address, size, stride, is_wide).
+DeviceCounts = list[int] | tuple[int, int, int, bool]
 
 version: str
 format_version: int
@@ -16,6 +18,13 @@ cuda_archs: str
 
 SITE_BYTES: int
 MAX_LANES: int
+MAX_RANKS: int
+TRANSFERS_AT_ONCE: int
+FLAG_BACKWARD: int
+FLAG_RECOMPUTE: int
+FLAG_UNTIMED: int
+FLAG_TOKENS: int
+TRAFFIC_WORDS: int
 BOARD_WORDS: int
 SIZE_CLASSES: int
 GINI_BINS: int
@@ -36,8 +45,11 @@ class Fault(enum.Enum):
     NO_DEVICE = 7
     NO_LANE = 8
     DEVICE_ERROR = 9
+    UNATTRIBUTED = 10
 
 class Lane:
+    @property
+    def address(self) -> int: ...
     enabled: bool
     record_every: int
     num_valid: int
@@ -58,6 +70,8 @@ class RecordingWriter:
         mode: int = 0o600,
         rank: int = 0,
         world_size: int = 1,
+        group_size: int = 0,
+        group_index: int = 0,
     ) -> None: ...
     def lane(self, index: int) -> Lane: ...
     def bind_site(self, address: int, lane: int, layer: int) -> None: ...
@@ -90,6 +104,22 @@ class DeviceLanes:
         code: bytes,
     ) -> None: ...
     def calibrate_clock(self, name: str, code: bytes) -> None: ...
+    def add_transfers(self, code: bytes) -> None: ...
+    def begin_transfer(self, slot: int, stream: int) -> int: ...
+    def end_transfer(
+        self,
+        kind: int,
+        layer: int,
+        iteration: int,
+        advances: bool,
+        begin_slot: int,
+        begin_ns: int,
+        bytes_per_row: int,
+        sent: DeviceCounts,
+        received: DeviceCounts,
+        experts: DeviceCounts,
+        stream: int,
+    ) -> int: ...
     def site_address(self, layer: int) -> int: ...
     def set(self, lane: int, name: str, value: int, stream: int) -> None: ...
     def get(self, lane: int, name: str) -> int: ...
@@ -116,11 +146,34 @@ class RecordingReader:
     def num_lanes(self) -> int: ...
     def num_slots(self, lane: int) -> int: ...
     def head(self, lane: int) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def group_index(self) -> int: ...
+    def traffic(self, lane: int, block: int) -> tuple[NDArray[np.uint64], bool]: ...
+    def transfers(
+        self, lane: int, position: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
     def board(self, lane: int, layer: int) -> tuple[NDArray[np.uint64], bool]: ...
     def ring(
         self, lane: int, position: int, limit: int = ...
     ) -> tuple[NDArray[np.uint8], int, int, int]: ...
 
+def push_transfer(
+    lane: int,
+    kind: int,
+    layer: int,
+    iteration: int,
+    advances: int,
+    begin_ns: int,
+    end_ns: int,
+    bytes_per_row: int,
+    sent: Any,
+    received: Any,
+    experts: Any,
+    /,
+) -> int: ...
+def transfer_code() -> bytes: ...
 def switch_off_device_site(site: int) -> None: ...
 def device_capability(device: int) -> int: ...
 def owner_alive(path: str) -> bool: ...

@@ -12,19 +12,34 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dodoco_ext.attachment import Attachment, attach
+    from dodoco_ext.integrations.distributed import AlltoAllCapture, capture_alltoall, group_spec
     from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
     from dodoco_ext.sources import open_recording as open  # noqa: A004
 
 _HOMES = {
     "attach": ("dodoco_ext.attachment", "attach"),
     "Attachment": ("dodoco_ext.attachment", "Attachment"),
+    "AlltoAllCapture": ("dodoco_ext.integrations.distributed", "AlltoAllCapture"),
+    "capture_alltoall": ("dodoco_ext.integrations.distributed", "capture_alltoall"),
+    "group_spec": ("dodoco_ext.integrations.distributed", "group_spec"),
     "open": ("dodoco_ext.sources", "open_recording"),
     "Reader": ("dodoco_ext.recording", "Reader"),
     "Snapshot": ("dodoco_ext.recording", "Snapshot"),
     "LayerSnapshot": ("dodoco_ext.recording", "LayerSnapshot"),
 }
 
-__all__ = ["Attachment", "LayerSnapshot", "Reader", "Snapshot", "__version__", "attach", "open"]
+__all__ = [
+    "AlltoAllCapture",
+    "Attachment",
+    "LayerSnapshot",
+    "Reader",
+    "Snapshot",
+    "__version__",
+    "attach",
+    "capture_alltoall",
+    "group_spec",
+    "open",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from dodoco_ext import _C, ops
 from dodoco_ext.device import MAX_EXPERTS
 from dodoco_ext.errors import InputError, NothingToObserve
 from dodoco_ext.integrations.transformers import Router, find_routers
-from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
+from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
 from dodoco_ext.recording import Reader, Snapshot
 from dodoco_ext.settings import Settings
 
@@ -142,6 +142,11 @@ class Attachment:
             self._handles.append(module.register_forward_hook(probe))
         else:
             module.__dict__["forward"] = MethodType(_make_forward(probe), module)
+
+    @property
+    def recorder(self) -> Recorder:
+        """The writer's side, for what records beside the probes, such as `capture_alltoall()`."""
+        return self._recorder
 
     @property
     def reader(self) -> Reader:
@@ -269,6 +274,7 @@ def attach(
     model: torch.nn.Module,
     *,
     lanes: int | None = None,
+    group: GroupSpec | None = None,
     labels: Mapping[str, str] | None = None,
     settings: Settings | None = None,
 ) -> Attachment:
@@ -280,6 +286,8 @@ def attach(
             streams that do, the one that captures it into graphs included. Each stream takes a lane
             when it first runs the model; graphs that are replayed at the same time must be captured
             on streams of their own. None: one thread, two streams.
+        group: The expert-parallel ranks, as `group_spec(process_group)` gives them: then transfers
+            between them can be recorded beside the routing, by `capture_alltoall(attachment=...)`.
         labels: Text to find the recording by, such as `{"model_name": "my-moe"}`.
         settings: Where and how to record; by default what `DODOCO_*` says.
 
@@ -316,6 +324,7 @@ def attach(
         uncovered=uncovered,
         lanes=lanes,
         devices=tuple(dict.fromkeys(places)),
+        group=group,
         forms={r.form for r, place in zip(routers, places, strict=True) if place != "cpu"},
         labels=labels,
         settings=settings,

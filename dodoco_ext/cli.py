@@ -81,8 +81,9 @@ def cli(debug: bool) -> None:
     "  dodoco show                                list the recordings of this user\n"
     "  dodoco show --latest                       summarise the latest one\n"
     "  dodoco show 4711                           the one that process 4711 writes or wrote\n"
-    "  dodoco show my-run --ep 8                  the latest of run my-run, over 8 ranks\n"
+    "  dodoco show my-run --ep 8                  run my-run, folded into 8 ranks\n"
     "  dodoco show my-run --fleet                 all ranks of run my-run as one\n"
+    "  dodoco show archive --last 30s             how the latest run in a folder ended\n"
     "  dodoco show /shared/run.dodoco --experts   a file, with its busiest experts\n"
     "  dodoco show --list /shared                 list the recordings in a folder\n"
     "  dodoco show my-run --save before.json      keep its counters for later\n"
@@ -95,6 +96,12 @@ def cli(debug: bool) -> None:
 @click.option("--latest", is_flag=True, help="Summarise the latest recording.")
 @click.option("--list", "listing", is_flag=True, help="List what SOURCE, a folder, holds.")
 @click.option("--fleet", is_flag=True, help="All ranks of SOURCE's run (the latest run) as one.")
+@click.option(
+    "--last",
+    "window",
+    metavar="TIME",
+    help="The end of SOURCE's run: who died, where it stood, and the last 30s (or 5m, 1h).",
+)
 @click.option(
     "--ep",
     "num_ranks",
@@ -115,6 +122,7 @@ def show(
     latest: bool,
     listing: bool,
     fleet: bool,
+    window: str | None,
     num_ranks: int | None,
     experts: bool,
     save: str | None,
@@ -126,9 +134,11 @@ def show(
     """List recordings, or summarise one.
 
     Without SOURCE: the list. With SOURCE (a recording's file or name, a folder, a run, a PID): a
-    summary of the recording it means, the latest where it means several.
+    summary of the recording it means. A folder or a run means all ranks of the (latest) run there.
     """
-    one = latest or fleet or (source is not None and not listing and not prune)
+    one = (
+        latest or fleet or window is not None or (source is not None and not listing and not prune)
+    )
     given = {
         "--ep": num_ranks is not None,
         "--experts": experts,
@@ -136,13 +146,14 @@ def show(
         "--since": since is not None,
         "--against": against is not None,
         "--fleet": fleet,
+        "--last": window is not None,
         "--latest": latest,
         "--list": listing,
         "--prune": prune,
     }
     if latest and source is not None:
         raise click.UsageError("give SOURCE or --latest, not both")
-    for name in ("--prune", "--list", "--fleet", "--against"):
+    for name in ("--prune", "--list", "--fleet", "--last", "--against"):
         if given[name] and (clash := _excluded_by(name, given)):
             raise click.UsageError(f"give {name} or {clash}, not both")
     wanting = [
@@ -157,7 +168,9 @@ def show(
     _start_lean()
     if prune:
         _prune(source, as_json=as_json)
-    elif fleet:
+    elif window is not None:
+        _show_ending(source, window, as_json=as_json)
+    elif fleet or (source is not None and _means_many(source, given)):
         _show_fleet(source, num_ranks=num_ranks, experts=experts, as_json=as_json)
     elif against is not None:
         _show_comparison(source, against, as_json=as_json)
@@ -170,7 +183,8 @@ def show(
 _COMPATIBLE = {
     "--prune": {"--prune"},
     "--list": {"--list"},
-    "--fleet": {"--fleet", "--latest", "--ep", "--experts"},
+    "--fleet": {"--fleet", "--last", "--latest", "--ep", "--experts"},
+    "--last": {"--last", "--fleet", "--latest"},
     "--against": {"--against", "--latest"},
 }
 
@@ -192,7 +206,8 @@ def _show_list(source: str | None, *, as_json: bool) -> None:
     from dodoco_ext.sources import find
     from dodoco_ext.views import listing
 
-    folders = (Path(source),) if source else settings.Settings.from_environment().directories()
+    own = settings.Settings.from_environment()
+    folders = (Path(source),) if source else own.reading_directories()
     recordings = [listing.describe(found) for found in find(folders)]
     if as_json:
         click.echo(listing.to_json(recordings, folders))
@@ -237,6 +252,29 @@ def _show_fleet(source: str | None, *, num_ranks: int | None, experts: bool, as_
         print_fleet(summary, experts=experts)
 
 
+def _means_many(source: str, given: dict[str, bool]) -> bool:
+    """Whether SOURCE is a folder or a run, of several ranks, and nothing asks for one of them."""
+    from dodoco_ext.sources import means_one, open_recording
+
+    if any(given[name] for name in ("--list", "--prune", "--save", "--since", "--against")):
+        return False
+    return not means_one(source) and int(open_recording(source).header["world_size"]) > 1
+
+
+def _show_ending(source: str | None, window: str, *, as_json: bool) -> None:
+    from dodoco_ext.fleet import Fleet
+    from dodoco_ext.traffic.ending import ending_of
+    from dodoco_ext.views.ending import ending_json, print_ending, seconds_of
+
+    seconds = seconds_of(window)
+    fleet = Fleet.open(source)
+    ending = ending_of(fleet, seconds)
+    if as_json:
+        click.echo(ending_json(fleet, ending))
+    else:
+        print_ending(fleet, ending)
+
+
 def _show_comparison(source: str | None, against: str, *, as_json: bool) -> None:
     from dodoco_ext.views.compare import compare, comparison_json, print_comparison
 
@@ -257,6 +295,53 @@ def _prune(source: str | None, *, as_json: bool) -> None:
         click.echo(listing.pruned_json(removed, folders))
     else:
         listing.print_pruned(removed, folders)
+
+
+@cli.command(
+    "run",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="\b\nExamples:\n"
+    "  dodoco run --archive runs -- python train.py\n"
+    "  dodoco run --archive runs -- torchrun --nproc-per-node 8 train.py\n"
+    "  srun dodoco run --archive /project/runs -- python train.py\n"
+    "  dodoco run --archive runs                     archive what killed supervisors left\n"
+    "\b\nExit code: that of COMMAND; 128 + n if signal n ended it; 126 or 127 if it cannot be started.",
+)
+@click.option("--archive", metavar="DIR", help="Copy its recordings to DIR when it ends or dies.")
+@click.option("--run", "name", metavar="NAME", help="Name of the run, as DODOCO_RUN would set it.")
+@click.option(
+    "--grace",
+    "grace_s",
+    type=click.FloatRange(min=0),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to wait for processes that COMMAND left behind.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def run_(
+    ctx: click.Context,
+    archive: str | None,
+    name: str | None,
+    grace_s: float,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND, outlive it, and archive what it recorded.
+
+    The processes that COMMAND starts share the name of one run. Signals are passed on to it. With
+    --archive they record into a private folder (DODOCO_DIR if that is set), and when COMMAND ends, or is
+    killed, all their recordings are copied to DIR, whole. What a killed supervisor leaves, the next
+    one archives.
+    """
+    _start_lean()
+    from dodoco_ext.supervisor import Supervisor, collect_abandoned
+
+    if not command and archive is not None:
+        collect_abandoned(settings.Settings.from_environment().directories())
+        return
+    target = None if archive is None else Path(archive)
+    ctx.exit(Supervisor(command, archive=target, run=name, grace_s=grace_s)())
 
 
 @cli.command(
@@ -289,6 +374,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; errors are on stderr, one line each."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = given[: given.index("--")] if "--" in given else given
+    if "run" in options[:2] and options is given:
+        options = given[: given.index("run") + 1]  # what follows may be the options of its command
     # Taken at any place: it is added to a command that has just failed.
     debug = settings.debug() or "--debug" in options
     given = [text for text in options if text != "--debug"] + given[len(options) :]

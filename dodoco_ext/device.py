@@ -15,6 +15,8 @@ from dodoco_ext import _C
 if TYPE_CHECKING:
     import torch
 
+    from dodoco_ext.capture import Transfer
+
 log = logging.getLogger("dodoco")
 
 MAX_EXPERTS = 1024
@@ -59,6 +61,7 @@ class Device:
         kernels = build.compile_kernels(set(shapes), {FORMS[form] for form in forms}, capability)
         clock = build.compile_clock(capability)
         self._lanes = _C.DeviceLanes(writer, self.index, first_lane, num_lanes)
+        self._has_transfers = False
         try:
             for kernel in kernels:
                 self._lanes.add_kernel(
@@ -102,14 +105,64 @@ class Device:
         Raises:
             RuntimeError: The stream is capturing: a graph would set the value at each replay.
         """
-        import torch
-
-        stream = torch.cuda.current_stream(self.index).cuda_stream
+        stream = self._stream()
         try:
             for each in range(self._lanes.num_lanes) if lane is None else (lane,):
                 self._lanes.set(each, name, value, stream)
         except OSError as error:  # the device is in an error state, and the host will hear of it
             log.error("%s=%d is not in effect on %s: %s", name, value, self.name, error)
+
+    def add_transfers(self) -> None:
+        """Makes the device able to record transfers. Idempotent; logs what keeps it from that."""
+        if self._has_transfers:
+            return
+        code = _C.transfer_code()
+        try:
+            if not code:
+                raise OSError("this build has no CUDA code: build it where nvcc is, DODOCO_CUDA=1")
+            self._lanes.add_transfers(code)
+            self._has_transfers = True
+        except OSError as error:
+            log.error("transfers with counts on %s are not recorded: %s", self.name, error)
+
+    def begin_transfer(self, slot: int) -> int:
+        """Stamps a begin in the current stream. Returns a result; negative: refused."""
+        return self._lanes.begin_transfer(slot, self._stream())
+
+    def end_transfer(
+        self, kind: int, transfer: Transfer, advances: int, bytes_per_row: int, counts: Any
+    ) -> int:
+        """Records a transfer in the current stream. Returns a result; negative: refused.
+
+        Args:
+            kind: Type and flags.
+            transfer: What `begin_transfer()` stamped.
+            advances: Whether it may start an iteration.
+            bytes_per_row: Bytes of one row.
+            counts: Rows sent, received and received for each expert, each on the device or the host.
+
+        Raises:
+            ValueError: Counts are of a type that is not read.
+        """
+        sent, received, experts = (_counts_for(each) for each in counts)
+        return self._lanes.end_transfer(
+            kind,
+            transfer.layer,
+            transfer.iteration,
+            bool(advances),
+            transfer.slot,
+            transfer.begin_ns,
+            bytes_per_row,
+            sent,
+            received,
+            experts,
+            self._stream(),
+        )
+
+    def _stream(self) -> int:
+        import torch
+
+        return torch.cuda.current_stream(self.index).cuda_stream
 
     def get(self, name: str, lane: int = 0) -> int:
         """The value last set."""
@@ -126,6 +179,20 @@ class Device:
         except OSError as error:
             # The device is in no state to wait for: nothing is taken from under it.
             log.warning("the recorder's memory on %s is kept: %s", self.name, error)
+
+
+def _counts_for(counts: Any) -> list[int] | tuple[int, int, int, bool]:
+    """Counts as the launch takes them: where they lie on the device, or the numbers themselves."""
+    if counts is None:
+        return []
+    if not getattr(counts, "is_cuda", False):
+        return [int(count) for count in counts]
+    if counts.dim() != 1 or counts.element_size() not in (4, 8) or counts.is_floating_point():
+        raise ValueError(
+            f"{counts.dtype} {list(counts.shape)}: give one row of 4- or 8-byte integers"
+        )
+    is_wide = counts.element_size() == 8
+    return counts.data_ptr(), counts.numel(), counts.stride(0), is_wide
 
 
 class _ArenaWords:

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from dodoco_ext.alignment import Aligned, Part, align
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.fleet_snapshot import FleetSnapshot, Unread, combined
+from dodoco_ext.groups import RankGroup, groups_of
 from dodoco_ext.recording import Reader, Snapshot
 from dodoco_ext.sources import find, resolve
+from dodoco_ext.transfer_alignment import AlignedTransfers, Member, align_transfers
 
 Source: TypeAlias = str | int | os.PathLike[str] | None
 
@@ -87,7 +89,13 @@ class Fleet:
         missing: Ranks without a readable recording, and why.
         unread: All files that could not be read.
         superseded: Older recordings of ranks that have a newer one.
+        unrouted: Names of layers whose router no rank observes: only transfers are recorded of them.
+        groups: The groups of ranks that recorded transfers between them.
+        foreign: Other runs whose recordings lie in the same folder, with their number; for `open()` with
+            a folder or a file.
     """
+
+    foreign: Mapping[str, int]
 
     def __init__(self, readers: Iterable[Reader], unread: Sequence[Unread] = ()) -> None:
         given = list(readers)
@@ -100,6 +108,9 @@ class Fleet:
         names = {rank: _layers_of(reader) for rank, reader in self.ranks.items()}
         self._lanes = {rank: int(r.header["num_lanes"]) for rank, r in self.ranks.items()}
         self.layers = _matched(names, {rank: r.path for rank, r in self.ranks.items()})
+        self.unrouted = unrouted(self.ranks.values())
+        self.groups: tuple[RankGroup, ...] = groups_of(self.ranks, self.missing)
+        self.foreign = {}
         place = {layer.name: index for index, layer in enumerate(self.layers)}
         self._places = {
             rank: np.array([place[name] for name, _, _ in mine], np.int64)
@@ -125,20 +136,21 @@ class Fleet:
         reader = Reader(anchor)
         run = run_of(reader)
         text = None if source is None else Path(str(source))
-        if text is not None and text.is_dir():
-            listed = find((text,))
-        elif text is not None and text.is_file():
-            listed = find((anchor.parent,))
-        else:
-            listed = find()
+        in_folder = text is not None and (text.is_dir() or text.is_file())
+        listed = find((anchor.parent,)) if in_folder else find()
         readers, unread = [reader], []
+        foreign: dict[str, int] = {}
         for found in listed:
             if found.reader is None:
                 if found.path.name.split(".")[0] == run:
                     unread.append(_unread(found.path, found.state, found.problem))
             elif found.reader.uuid != reader.uuid and run_of(found.reader) == run:
                 readers.append(found.reader)
-        return cls(readers, unread)
+            elif found.reader.uuid != reader.uuid and in_folder:
+                foreign[run_of(found.reader)] = foreign.get(run_of(found.reader), 0) + 1
+        fleet = cls(readers, unread)
+        fleet.foreign = foreign
+        return fleet
 
     def snapshot(self) -> FleetSnapshot:
         """The exact counters of every rank, and their sums. A rank that fails is named as missing."""
@@ -190,6 +202,45 @@ class Fleet:
             {rank: (lost or {}).get(rank, 0) for rank in ranks},
             tuple(self.missing if missing is None else missing),
         )
+
+    def transfers(self) -> tuple[AlignedTransfers, ...]:
+        """The transfers that the rings still hold, aligned, one entry a group of ranks.
+
+        Ranks whose recording cannot be read or is of another group are named in its `absent`.
+        """
+        aligned = []
+        for group in self.groups:
+            members: dict[int, Member] = {}
+            absent = list(group.absent)
+            for rank, reader in group.readers.items():
+                try:
+                    transfers = reader.transfers()
+                except RecordingError as error:
+                    absent.append(Unread(rank, error.state, str(error), reader.path))
+                    continue
+                host = str(reader.metadata.get("host") or "")
+                members[rank] = Member(transfers, self._places[rank], self._lanes[rank], host)
+            aligned.append(align_transfers(group.name, group.ranks, members, self.layers, absent))
+        return tuple(aligned)
+
+    def place_of(self, rank: int, layer: int) -> int:
+        """Where a layer of a rank's recording is in `layers`."""
+        return int(self._places[rank][layer])
+
+    def num_layers(self, rank: int) -> int:
+        """How many layers a rank's recording has."""
+        return len(self._places[rank])
+
+
+def unrouted(readers: Iterable[Reader]) -> frozenset[str]:
+    """Names of layers of which recordings say that no router is observed, and none that one is."""
+    said: dict[str, bool] = {}
+    for reader in readers:
+        for layer in reader.metadata["layers"]:
+            routed = not (isinstance(layer, dict) and layer.get("routed") is False)
+            name = str(layer["name"])
+            said[name] = said.get(name, False) or routed
+    return frozenset(name for name, routed in said.items() if not routed)
 
 
 def run_of(reader: Reader) -> str:

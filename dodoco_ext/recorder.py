@@ -38,11 +38,28 @@ class LayerSpec:
         name: Qualified name of the router module.
         num_experts: Logical experts that the router chooses from.
         top_k: Experts a token is sent to; 0 where it is not fixed.
+        routed: Whether its router is observed. If not, only transfers are recorded of it.
     """
 
     name: str
     num_experts: int
     top_k: int
+    routed: bool = True
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """The ranks that transfers are between: those of expert parallelism.
+
+    Attributes:
+        ranks: Their global ranks, in the order of the counts.
+        index: Place of the own rank among them.
+        name: What to call the group.
+    """
+
+    ranks: tuple[int, ...]
+    index: int
+    name: str = "ep"
 
 
 @dataclass(frozen=True)
@@ -63,6 +80,8 @@ class Recorder:
         lanes: Writers that record at the same time; see `use_lane()`. None: one thread, and as many
             streams a device as running and capturing a model take.
         devices: Where layers are: `cpu`, `cuda:0` and so on.
+        group: The ranks that transfers are between; None: no transfers are recorded. With one there
+            is a lane of the host even where all layers are on devices.
         forms: Forms in which choices arrive on devices; see `device.FORMS`.
         labels: Text to find the recording by, such as `{"model_name": ...}`.
         settings: Where and how to record; the environment's by default.
@@ -77,7 +96,8 @@ class Recorder:
         uncovered: What is not observed.
         run: Name of the run: the first part of the file's name.
         path: The recording's file.
-        lanes: The lanes of the host; none where all layers are on devices.
+        lanes: The lanes of the host; none where all layers are on devices and there is no group.
+        group: The ranks that transfers are between.
         devices: The devices that record, by name.
         refused: The devices that could not be set up, with the reason. The recording says so as a
             fault, and `site()` of their layers cannot be had.
@@ -90,6 +110,7 @@ class Recorder:
         uncovered: Sequence[Uncovered] = (),
         lanes: int | None = None,
         devices: Sequence[str] = ("cpu",),
+        group: GroupSpec | None = None,
         forms: Collection[str] = tuple(FORMS),
         labels: Mapping[str, str] | None = None,
         settings: Settings | None = None,
@@ -104,6 +125,10 @@ class Recorder:
                     "is impossible; give 0 <= top_k <= num_experts"
                 )
         self.num_lanes = 1 if lanes is None else lanes
+        self.group = group
+        if group is not None:
+            _check(group)
+            devices = tuple(dict.fromkeys(("cpu", *devices)))
         places = _lanes_of(devices, lanes)
         self.run = self.settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         metadata = self._metadata(labels or {}, places)
@@ -222,8 +247,9 @@ class Recorder:
             {
                 "run": self.run,
                 "lanes": _names_of(places),
-                "layers": [asdict(layer) for layer in self.layers],
+                "layers": [_described(layer) for layer in self.layers],
                 "uncovered": [asdict(part) for part in self.uncovered],
+                **({"group": asdict(self.group)} if self.group else {}),
                 "labels": dict(labels),
                 "backend": "+".join(sorted({place.partition(":")[0] for place in places})),
                 "record_every": self.settings.record_every,
@@ -257,6 +283,8 @@ class Recorder:
                     mode=0o640 if shared else 0o600,
                     rank=settings.rank,
                     world_size=settings.world_size,
+                    group_size=len(self.group.ranks) if self.group else 0,
+                    group_index=self.group.index if self.group else 0,
                 )
             except (OSError, ValueError, RecordingError) as error:
                 refusals.append(f"{directory}: {error}")
@@ -278,6 +306,24 @@ class Recorder:
             "cannot create a recording: " + "; ".join(refusals) + ". Set DODOCO_DIR to a folder "
             "with room"
         )
+
+
+def _described(layer: LayerSpec) -> dict[str, object]:
+    described = asdict(layer)
+    if layer.routed:
+        del described["routed"]
+    return described
+
+
+def _check(group: GroupSpec) -> None:
+    ranks = group.ranks
+    if not 1 <= len(ranks) <= _C.MAX_RANKS or len(set(ranks)) < len(ranks) or min(ranks) < 0:
+        raise InputError(
+            f"a group of the {len(ranks)} ranks {list(ranks)[:16]}: give 1 to {_C.MAX_RANKS} "
+            "different ones"
+        )
+    if not 0 <= group.index < len(ranks):
+        raise InputError(f"index {group.index} in a group of {len(ranks)} ranks: count from 0")
 
 
 def _lanes_of(devices: Sequence[str], lanes: int | None) -> list[str]:

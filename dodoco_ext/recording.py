@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 
 from dodoco_ext import _C, metrics
 from dodoco_ext.errors import DodocoError, InputError, RecordingError
+from dodoco_ext.transfers import (
+    Group,
+    TrafficTotals,
+    Transfers,
+    group_of,
+    read_traffic,
+    read_transfers,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -245,6 +253,7 @@ class Reader:
         path: The recording's file.
         metadata: What the recorder wrote about itself: layers, uncovered parts, labels, versions.
         uuid: Unique id of the recording, hexadecimal.
+        group: The ranks that its transfers are between; None where none are recorded.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -254,6 +263,9 @@ class Reader:
             self._layers = self._file.layers()
             self.metadata: dict[str, Any] = json.loads(self._file.metadata())
             self._names = [str(layer["name"]) for layer in self.metadata["layers"]]
+            self.group: Group | None = group_of(
+                self.metadata, self._file.group_size, self._file.group_index
+            )
         except _C.RecordingError as error:
             raise RecordingError(str(error), error.state) from None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -301,18 +313,17 @@ class Reader:
             return tuple(self._file.head(lane) for lane in range(self._file.num_lanes))
 
     def read(self, cursor: Cursor | None = None) -> tuple[NDArray[np.void], Cursor, int]:
-        """Reads the records written since a cursor.
+        """Reads the ROUTE records written since a cursor.
 
         Args:
             cursor: From `cursor()` or an earlier `read()`; None: the oldest that are still there.
 
         Returns:
-            The records, ordered by time, dtype `RECORD_DTYPE`; the cursor to continue from; and
-            how many records since the given cursor were overwritten before they could be read.
+            The records, ordered by time, dtype `RECORD_DTYPE`; the cursor to continue from; and how
+            many slots of the ring since the given cursor were overwritten before they could be read.
+            A ROUTE record takes one slot, a transfer several.
         """
-        start = (0,) * self._file.num_lanes if cursor is None else cursor
-        if len(start) != self._file.num_lanes:
-            raise InputError(f"cursor {cursor!r} is not of this recording: take it from cursor()")
+        start = self._start(cursor)
         parts: list[NDArray[np.void]] = []
         following: list[int] = []
         lost = 0
@@ -328,8 +339,29 @@ class Reader:
         order = np.argsort(np.ascontiguousarray(merged["time_ns"]), kind="stable")
         return merged.take(order), tuple(following), lost
 
+    def _start(self, cursor: Cursor | None) -> Cursor:
+        start = (0,) * self._file.num_lanes if cursor is None else cursor
+        if len(start) != self._file.num_lanes:
+            raise InputError(f"cursor {cursor!r} is not of this recording: take it from cursor()")
+        return start
+
+    def transfers(self, cursor: Cursor | None = None) -> Transfers:
+        """Reads the transfers (DISPATCH and COMBINE records) written since a cursor.
+
+        Args:
+            cursor: From `cursor()`, or `next_cursor` of an earlier result; None: the oldest that are
+                still there.
+        """
+        with _readable():
+            return read_transfers(self._file, self._start(cursor), self.group)
+
+    def traffic(self) -> tuple[TrafficTotals, ...]:
+        """The exact totals of all transfers, one entry for every layer and type."""
+        with _readable():
+            return read_traffic(self._file, len(self._layers), self.group)
+
     def records(self) -> NDArray[np.void]:
-        """All records that the ring still holds, oldest first, dtype `RECORD_DTYPE`."""
+        """All ROUTE records that the ring still holds, oldest first, dtype `RECORD_DTYPE`."""
         return self.read()[0]
 
     def _layer(self, index: int) -> LayerSnapshot:

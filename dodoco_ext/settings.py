@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from dodoco_ext.errors import InputError
 SHARED_MEMORY = Path("/dev/shm")
 SUFFIX = ".dodoco"
 """Ending of a recording's file name."""
+SUPERVISED = "supervised"
+"""Folder, among a user's recordings, of those whose job `dodoco run --archive` looks after."""
 
 TABLE: tuple[tuple[str, str, str], ...] = (
     ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
@@ -66,7 +68,7 @@ class Settings:
             directory=Path(directory) if directory else None,
             max_bytes=_integer(env, ("DODOCO_MAX_BYTES",), 8 << 20, minimum=1 << 14),
             record_every=_integer(env, ("DODOCO_RECORD_EVERY",), 1, minimum=1),
-            run=run or (_job(env) if world_size > 1 else None),
+            run=run or (job_name(env) if world_size > 1 else None),
             rank=_integer(env, ("DODOCO_RANK", "RANK"), 0, minimum=0),
             world_size=world_size,
         )
@@ -82,6 +84,26 @@ class Settings:
             return (SHARED_MEMORY / name,)
         return (SHARED_MEMORY / name, temporary / name)
 
+    def reading_directories(self) -> tuple[Path, ...]:
+        """`directories()`, and the folders of jobs that `dodoco run --archive` looks after."""
+        own = self.directories()
+        if self.directory is not None:
+            return own
+        return (*own, *supervised(own))
+
+
+def supervised(directories: Iterable[Path]) -> list[Path]:
+    """The folders of jobs that `dodoco run --archive` looks after, or did; private ones only."""
+    found = []
+    for directory in directories:
+        try:
+            if directory.lstat().st_uid == os.getuid():
+                folders = (directory / SUPERVISED).iterdir()
+                found += [f for f in sorted(folders) if f.is_dir() and not f.is_symlink()]
+        except OSError:  # not there, or not ours to list
+            continue
+    return found
+
 
 def debug(environ: Mapping[str, str] | None = None) -> bool:
     """Whether `DODOCO_DEBUG` asks for tracebacks; never fails, as it is read while reporting errors."""
@@ -95,7 +117,7 @@ def given(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     return {name: env[name] for name in sorted(env) if name.startswith("DODOCO_")}
 
 
-def _job(env: Mapping[str, str]) -> str | None:
+def job_name(env: Mapping[str, str]) -> str | None:
     """What the launcher calls this job, the same in every rank of it, as a part of a file name."""
     elastic, slurm = env.get("TORCHELASTIC_RUN_ID"), env.get("SLURM_JOB_ID")
     if elastic and elastic != "none":  # torchrun's word for "not given"
@@ -105,6 +127,12 @@ def _job(env: Mapping[str, str]) -> str | None:
     else:
         return None
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]
+
+
+def variables(*, run: str | None = None, directory: Path | None = None) -> dict[str, str]:
+    """The environment that asks for a run's name, or a folder."""
+    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory}
+    return {name: str(value) for name, value in asked.items() if value is not None}
 
 
 def _integer(env: Mapping[str, str], names: tuple[str, ...], default: int, *, minimum: int) -> int:

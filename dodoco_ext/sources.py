@@ -43,7 +43,7 @@ def find(directories: tuple[Path, ...] | None = None) -> list[Listed]:
     """
     found: list[tuple[float, Path]] = []
     refusals: list[RecordingError] = []
-    for directory in directories or Settings.from_environment().directories():
+    for directory in directories or Settings.from_environment().reading_directories():
         try:
             paths = _files_in(directory)
         except RecordingError as error:
@@ -126,6 +126,11 @@ def resolve(source: str | int | os.PathLike[str] | None) -> Path:
         return _latest(named, f"{text} is neither a file nor a recording nor a run", None)
     by_pid = [r for r in recordings if r.reader and r.reader.header["owner_pid"] == int(text)]
     return _latest(by_pid or named, f"no recording of process {text}, nor a run of that name", None)
+
+
+def means_one(source: str) -> bool:
+    """Whether a SOURCE means one recording by itself: a file, a recording's name, a process."""
+    return Path(source).is_file() or source.isdecimal() or source.endswith(SUFFIX)
 
 
 def _latest(recordings: list[Listed], complaint: str, where: Path | None) -> Path:

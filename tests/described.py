@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dodoco_ext.recording import COUNTERS, RECORD_DTYPE, Reader
+from dodoco_ext.transfers import TRANSFER_DTYPE
 from format_reader import FormatReader
 
 HEADER = (
@@ -24,6 +25,8 @@ HEADER = (
     "last_fault",
 )
 RECORD = tuple(name for name in RECORD_DTYPE.names or () if name != "reserved")
+TRANSFER = tuple(name for name in TRANSFER_DTYPE.names or () if name != "reserved")
+TOTALS = ("executions", "backward", "recomputed", "untimed", "sent_bytes", "received_bytes")
 Described = dict[str, Any]
 
 
@@ -57,6 +60,26 @@ def by_reader(path: Path) -> Described:
         "cursor": list(cursor),
         "lost": lost,
         "records": [[int(record[name]) for name in RECORD] for record in records],
+        **(_transfers_by_reader(reader) if reader.group else {}),
+    }
+
+
+def _transfers_by_reader(reader: Reader) -> Described:
+    found = reader.transfers()
+    rows = zip(found.records, found.sent, found.received, found.experts, strict=True)
+    return {
+        "transfers": sorted(
+            [
+                [int(record[name]) for name in TRANSFER],
+                [*sent.tolist(), *received.tolist(), *experts[: record["num_experts"]].tolist()],
+            ]
+            for record, sent, received, experts in rows
+        ),
+        "traffic": [
+            [getattr(totals, name) for name in (*TOTALS, "duration_ns")]
+            + [totals.sent.tolist(), totals.received.tolist()]
+            for totals in reader.traffic()
+        ],
     }
 
 
@@ -65,6 +88,7 @@ def by_format(path: Path) -> Described:
     header = reader.header
     clock = header["created_unix_ns"] - header["created_monotonic_ns"]
     rings = [reader.ring(lane) for lane in reader.lanes]
+    transfers, stray = reader.transfers()
     return {
         "state": reader.state(),
         "uuid": header["uuid"].hex(),
@@ -72,9 +96,52 @@ def by_format(path: Path) -> Described:
         "metadata": reader.metadata,
         "layers": [_layer(reader, layer) for layer in range(header["num_layers"])],
         "cursor": [cursor for _, cursor, _ in rings],
-        "lost": sum(lost for _, _, lost in rings),
+        "lost": sum(lost for _, _, lost in rings) + stray,
         "records": [_record(*record, clock) for record in reader.routes()],
+        **(_transfers_by_format(reader, transfers, clock) if "group" in reader.metadata else {}),
     }
+
+
+def _transfers_by_format(
+    reader: FormatReader, transfers: list[tuple[int, Any, Any]], clock: int
+) -> Described:
+    size = len(reader.metadata["group"]["ranks"])
+    blocks = [
+        reader.traffic(layer, kind)
+        for layer in range(reader.header["num_layers"])
+        for kind in (2, 3)
+    ]
+    return {
+        "transfers": sorted(
+            [_transfer(lane, v, clock), list(counts[: 2 * size + (v[9] >> 16)])]
+            for lane, v, counts in transfers
+        ),
+        "traffic": [
+            [*words[1:8], words[16 : 16 + size], words[16 + size : 16 + 2 * size]]
+            for words in blocks
+        ],
+    }
+
+
+def _transfer(lane: int, v: tuple[int, ...], clock: int) -> list[int]:
+    values = {
+        "iteration": v[2] | v[3] << 32,
+        "begin_ns": (v[4] | v[5] << 32) + clock,
+        "end_ns": (v[6] | v[7] << 32) + clock,
+        "layer": v[1] & 0xFFFF,
+        "microbatch": v[1] >> 16,
+        "bytes_per_row": v[8],
+        "sequence": v[10],
+        "num_experts": v[9] >> 16,
+        "map_version": v[11],
+        "type": v[0] & 0xFF,
+        "lane": lane,
+        "direction": v[0] >> 16 & 1,
+        "recompute": v[0] >> 17 & 1,
+        "timed": 1 - (v[0] >> 18 & 1),
+        "unit": v[0] >> 19 & 1,
+    }
+    return [values[name] for name in TRANSFER]
 
 
 def _layer(reader: FormatReader, layer: int) -> Described:

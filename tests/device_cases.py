@@ -42,17 +42,20 @@ class OnDevice:
         devices: Sequence[int] = (0,),
         kernels: bool = True,
         max_bytes: int = 1 << 20,
+        ranks: int = 0,
     ) -> None:
         self.cuda, self.layers = cuda, list(layers)
         self.path = folder / f"on-device-{len(list(folder.iterdir()))}.dodoco"
         names = [{"name": f"l{i}", "num_experts": e, "top_k": k} for i, (e, k) in enumerate(layers)]
         places = ["host"] * host_lanes + [f"cuda:{d} {i}" for d in devices for i in range(lanes)]
+        group = {"group": {"ranks": [*range(ranks)], "index": 0, "name": "ep"}} if ranks else {}
         self.writer = _C.RecordingWriter(
             str(self.path),
-            json.dumps({"layers": names, "lanes": places, "run": "device"}),
+            json.dumps({"layers": names, "lanes": places, "run": "device", **group}),
             self.layers,
             num_lanes=len(places),
             max_bytes=max_bytes,
+            group_size=ranks,
         )
         self.devices: list[_C.DeviceLanes] = []
         try:

@@ -105,6 +105,10 @@ class FakeCuda:
         finally:
             self._library.fake_capture(stream, 0)
 
+    def replay(self) -> None:
+        """Runs what was captured of transfers once more."""
+        self._library.fake_replay()
+
     def be_quiet(self) -> None:
         """Launches only return from now on: for timing what comes before them."""
         self._library.fake_quiet()

@@ -58,3 +58,28 @@ class FormatReader:  # follows docs/recording-format.md alone: nothing of DODOCO
     def routes(self):  # the ROUTE records of all lanes, by time
         records = [r for lane in self.lanes for r in self.ring(lane)[0] if r[2][0] & 255 == 1]
         return sorted(records, key=lambda record: record[0])
+
+    def transfers(
+        self,
+    ):  # ([(lane, first slot's values, all counts)], slots that belong to none of them)
+        found, stray = [], 0
+        for lane in self.lanes:
+            slots = [values for _, _, values in self.ring(lane)[0]]
+            while slots:
+                (first, *slots), more = slots, 0
+                wanted = (first[0] >> 8 & 255) - 1
+                while more < min(wanted, len(slots)) and slots[more][0] & 255 == 15:
+                    more += 1
+                if first[0] & 255 in (2, 3) and more == wanted:
+                    found.append((lane, first, sum((s[1:] for s in slots[:more]), first[13:])))
+                    slots = slots[more:]
+                else:
+                    stray += first[0] & 255 != 1
+        return found, stray
+
+    def traffic(self, layer, kind):  # the words of a block, summed over the lanes
+        places = [self.places[8, lane][0] for lane in self.lanes]
+        ranks, block = self.unpack("<Q", places[0])[0], 2 * layer + kind - 2
+        words = 16 + (2 * ranks + 7) // 8 * 8
+        of_lanes = [self.unpack(f"<{words}Q", at + 64 + 8 * words * block) for at in places]
+        return [sum(column) for column in zip(*of_lanes, strict=True)]

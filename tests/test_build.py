@@ -30,6 +30,7 @@ namespace dodoco {
 void register_writer(pybind11::module_&) {}
 void register_reader(pybind11::module_&) {}
 void register_device(pybind11::module_&) {}
+void register_capture(pybind11::module_&) {}
 void register_ops(pybind11::module_& m) {
 #if DODOCO_HAS_CUDA
   const auto bytes = static_cast<std::size_t>(dodoco_fatbin_probe_end - dodoco_fatbin_probe);

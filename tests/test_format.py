@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 import described
+import transfer_cases
 from dodoco_ext import _C
 from dodoco_ext.recording import RECORD_DTYPE
+from dodoco_ext.transfers import TRANSFER_DTYPE
 from format_reader import FormatReader
 
 TESTS = Path(__file__).resolve().parent
@@ -56,20 +58,43 @@ class Writing:
     """A recording of any number of lanes and layers; passes go through the production path."""
 
     def __init__(
-        self, path: Path, layers: list[tuple[int, int]], lanes: int, max_bytes: int
+        self,
+        path: Path,
+        layers: list[tuple[int, int]],
+        lanes: int,
+        max_bytes: int,
+        ranks: int = 0,
     ) -> None:
-        self.path, self.layers = path, layers
-        metadata = {"layers": [{"name": f"layers.{i}"} for i in range(len(layers))]}
+        self.path, self.layers, self.ranks = path, layers, ranks
+        metadata: dict[str, object] = {
+            "layers": [{"name": f"layers.{i}"} for i in range(len(layers))]
+        }
+        if ranks:
+            metadata["group"] = {"ranks": [*range(ranks)], "index": 0, "name": "ep"}
         self.writer = _C.RecordingWriter(
-            str(path), json.dumps(metadata), layers, num_lanes=lanes, max_bytes=max_bytes
+            str(path),
+            json.dumps(metadata),
+            layers,
+            num_lanes=lanes,
+            max_bytes=max_bytes,
+            group_size=ranks,
         )
         self.sites = np.zeros((lanes, len(layers), 8), np.uint64)
         for lane, layer in np.ndindex(lanes, len(layers)):
             self.writer.bind_site(self.sites[lane, layer].ctypes.data, lane, layer)
 
     def record(self, rng: np.random.Generator) -> bool:
-        """Records a pass of any kind; whether it was counted."""
+        """Records a pass or a transfer of any kind; whether it was counted."""
         lane, layer = (int(rng.integers(n)) for n in self.sites.shape[:2])
+        if self.ranks and rng.random() < 0.5:
+            (sent,) = transfer_cases.of_every_kind(self.ranks, 1, int(rng.integers(1 << 30)))
+            flags = sent.backward << 16 | sent.recompute << 17 | (not sent.timed) << 18
+            iteration = _C.push_transfer(
+                self.writer.lane(lane).address, sent.op | flags, layer, sent.iteration, 1,
+                sent.begin_ns, sent.end_ns, sent.bytes_per_row, sent.send, sent.receive, sent.experts,
+            )  # fmt: skip
+            assert iteration >= 0
+            return True
         E, k = self.layers[layer]
         T = int(rng.integers(0, 40))
         site = self.sites[lane, layer].ctypes.data
@@ -95,26 +120,30 @@ class Writing:
             file.write(data)
 
 
-CASES = {
-    "one lane, one layer": ([(1, 1)], 1, 1 << 16),
-    "no pass": ([(4, 2)], 2, 1 << 16),
-    "lapped": ([(8, 2), (60, 4)], 1, 1 << 16),
-    "lanes and layers": ([(4, 2), (9, 3), (160, 8)], 3, 1 << 19),
-    "sixteen lanes, lapped": ([(2, 1), (384, 1)], 16, 1 << 20),
+CASES: dict[str, tuple[list[tuple[int, int]], int, int, int]] = {
+    "one lane, one layer": ([(1, 1)], 1, 1 << 16, 0),
+    "no pass": ([(4, 2)], 2, 1 << 16, 0),
+    "lapped": ([(8, 2), (60, 4)], 1, 1 << 16, 0),
+    "lanes and layers": ([(4, 2), (9, 3), (160, 8)], 3, 1 << 19, 0),
+    "sixteen lanes, lapped": ([(2, 1), (384, 1)], 16, 1 << 20, 0),
+    "transfers, lapped": ([(8, 2), (60, 4)], 2, 1 << 17, 5),
+    "long transfers": ([(8, 2)], 1, 1 << 18, 70),
 }
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["", "epoch-wraps"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_readers_read_the_same(name: str, wrap: bool, tmp_path: Path) -> None:
-    layers, lanes, max_bytes = CASES[name]
-    writing = Writing(tmp_path / "a.dodoco", layers, lanes, max_bytes)
+    layers, lanes, max_bytes, ranks = CASES[name]
+    writing = Writing(tmp_path / "a.dodoco", layers, lanes, max_bytes, ranks)
     slots = writing.writer.num_slots
     if wrap:
         for lane in range(lanes):
             head = (2**32 - 1) * slots - 1 - 7 * lane
             writing.patch(writing.ring(lane), struct.pack("<Q", head))
-    passes = {"no pass": 0, "lapped": 3 * slots}.get(name, lanes * slots)
+    passes = {"no pass": 0, "lapped": 3 * slots, "transfers, lapped": 4 * slots}.get(
+        name, lanes * slots
+    )
     rng = np.random.default_rng(passes)
     for number in range(passes):
         writing.record(rng)
@@ -188,7 +217,7 @@ def test_a_slot_of_another_lap(lap: int, outcome: str, closed: bool, tmp_path: P
 
 def test_the_reader_of_the_document_is_short_and_stands_alone() -> None:
     source = (TESTS / "format_reader.py").read_text()
-    assert len(source.splitlines()) <= 60
+    assert len(source.splitlines()) <= 90
     imports = re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)
     assert set(imports) <= set(sys.stdlib_module_names)
 
@@ -256,7 +285,15 @@ def test_the_tables_of_fields_equal_the_header_file(heading: str, struct_name: s
     assert documented == fields(struct_name)
 
 
-@pytest.mark.parametrize(("heading", "enum"), [("## Board", "BoardWord"), ("## Ring", "RouteWord")])
+@pytest.mark.parametrize(
+    ("heading", "enum"),
+    [
+        ("## Board", "BoardWord"),
+        ("## Ring", "RouteWord"),
+        ("### Transfers", "TransferWord"),
+        ("## Traffic", "TrafficWord"),
+    ],
+)
 def test_the_tables_of_words_equal_the_header_file(heading: str, enum: str) -> None:
     table = {row[1]: int(row[0]) for row in rows(heading, "word") if row[1]}
     assert table == enumerators(enum)
@@ -284,6 +321,10 @@ def test_the_numbers_of_the_document_equal_the_header_file() -> None:
         "kGiniBins": "follow, 20 x {}",
         "kMaxMeanBins": "follow, 20 x {}",
         "kSlotWords": "of 128 bytes: {} words",
+        "kMaxRanks": "`num_ranks` is 1 to {}",
+        "kCountsInFirstSlot": "1 slot where n is at most {}",
+        "kCountsInNextSlots": "else 1 + (n - 3) / {} of them",
+        "kMaxRecordSlots": "rounded up, at most {}",
     }
     for name, sentence in numbers.items():
         assert sentence.format(known[name]) in said, name
@@ -299,7 +340,7 @@ def test_the_numbers_of_the_document_equal_the_header_file() -> None:
     assert bounds is not None
     assert f"in eighths, {' '.join(re.findall(r'[0-9]+', bounds[1]))}." in said
     (meaning,) = [row[3] for row in rows("## Header", "offset") if row[2] == "last_fault"]
-    faults = re.findall(r"(\d) \w+", meaning)
+    faults = re.findall(r"(\d+) \w+", meaning)
     assert [int(number) for number in faults] == list(enumerators("Fault").values())
 
 
@@ -312,12 +353,21 @@ def test_every_state_of_a_file_is_documented() -> None:
     assert table == named | {"live", "closed", "dead"}
 
 
-def test_the_dtype_of_records_equals_the_header_file() -> None:
-    """What `RECORD_DTYPE` mirrors has the order and the widths that C++ writes."""
+@pytest.mark.parametrize(
+    ("dtype", "struct_name"),
+    [(RECORD_DTYPE, "RouteRecord"), (TRANSFER_DTYPE, "TransferRecord")],
+    ids=["route", "transfer"],
+)
+def test_the_dtype_of_records_equals_the_header_file(
+    dtype: np.dtype[np.void], struct_name: str
+) -> None:
+    """What a dtype mirrors has the order and the widths that C++ writes."""
     source = (ROOT / "csrc" / "recording_reader.h").read_text()
-    body = re.search(r"struct RouteRecord {(.*?)\n};", source, re.DOTALL)
+    body = re.search(rf"struct {struct_name} {{(.*?)\n}};", source, re.DOTALL)
     assert body is not None
-    members = re.findall(r"std::uint(\d+)_t (\w+);", body[1])
-    assert [name for _, name in members] == list(RECORD_DTYPE.names or ())
-    widths = [RECORD_DTYPE[name].itemsize * 8 for _, name in members]
-    assert widths == [int(bits) for bits, _ in members]
+    members = [
+        (name, int(bits))
+        for bits, names in re.findall(r"std::uint(\d+)_t ([\w, ]+);", body[1])
+        for name in names.split(", ")
+    ]
+    assert members == [(name, dtype[name].itemsize * 8) for name in dtype.names or ()]

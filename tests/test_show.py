@@ -180,11 +180,12 @@ def test_scope_is_stated(capsys: Capture) -> None:
     world = Settings(settings.directory, run="run", rank=2, world_size=4)
     made = planted.Planted(planted.layers(2), settings=world)
     made.route_all([4])
-    out = show(capsys, made.close())
+    path = made.close()
+    out = show(capsys, path)
     assert "rank 2 of 4 only; the other ranks have recordings of their own" in out
     assert "Whole run, exact counts (board)" in out
     assert "Per pass, mean over the passes still in the ring" in out
-    found = show_json(capsys, "run")
+    found = show_json(capsys, path)
     assert set(found["scope"]) == {"whole_run", "per_pass", "ranks", "mean_of_layers", "null"}
     assert (found["recording"]["rank"], found["recording"]["world_size"]) == (2, 4)
 

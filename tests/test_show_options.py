@@ -305,9 +305,21 @@ def test_a_null_takes_counts_of_any_size() -> None:
 # --- --fleet -------------------------------------------------------------------------------------
 
 
-def test_a_run_still_means_its_latest_recording(capsys: Capture) -> None:
+def test_a_run_and_a_folder_mean_all_ranks_and_a_file_one(
+    recordings: Path, tmp_path: Path, capsys: Capture
+) -> None:
     paths = [closed_rank(rank, 2) for rank in range(2)]
-    assert show_json(capsys, "job")["recording"]["path"] in map(str, paths)
+    for source in ("job", recordings):
+        found = show_json(capsys, source)
+        assert (found["schema"], len(found["ranks"])) == ("dodoco.fleet/1", 2)
+    for source in (paths[0], paths[0].name):
+        assert show_json(capsys, source)["recording"]["path"] == str(paths[0])
+    # Of one rank there is more to say.
+    saved = tmp_path / "saved.json"
+    assert show_json(capsys, "job", "--save", saved)["recording"]["path"] in map(str, paths)
+    for path in paths:
+        path.unlink()
+    assert show_json(capsys, closed_rank(0, 1).parent)["schema"] == "dodoco.summary/1"
 
 
 def test_a_fleet_is_summed_and_its_gaps_are_named(recordings: Path, capsys: Capture) -> None:

@@ -133,6 +133,15 @@ def find_routers(model: torch.nn.Module) -> Discovery:
     )
 
 
+def moe_blocks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The MoE block of each router that `find_routers()` finds, by the router's name."""
+    modules = _modules_by_name(model)
+    return {
+        router.name: modules.get(_parent(router.name), router.module)
+        for router in find_routers(model).routers
+    }
+
+
 def _modules_by_name(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """All modules by name without wrappers; of a wrapper and what it wraps, the latter."""
     modules: dict[str, torch.nn.Module] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +29,8 @@ from dodoco_ext.views.show import (
 )
 from dodoco_ext.views.summary import uncovered_of
 from dodoco_ext.views.tables import figure, plain, quantity
+from dodoco_ext.views.traffic import SCOPE as TRAFFIC_SCOPE
+from dodoco_ext.views.traffic import GroupSummary, group_dict, print_traffic, summarise_traffic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,6 +102,9 @@ class FleetSummary:
     superseded: tuple[Superseded, ...]
     layers: tuple[FleetLayerSummary, ...]
     aligned: Alignment
+    unrouted: frozenset[str]
+    traffic: tuple[GroupSummary, ...]
+    foreign: Mapping[str, int]
 
     @property
     def mean_of_layers(self) -> dict[str, float]:
@@ -149,6 +156,9 @@ def summarise_fleet(fleet: Fleet, *, num_ranks: int | None = None) -> FleetSumma
             iterations=len(np.unique(aligned.keys[["lane", "iteration"]])),
             left_out=sum(aligned.left_out.values()),
         ),
+        unrouted=fleet.unrouted,
+        traffic=summarise_traffic(fleet),
+        foreign=fleet.foreign,
     )
 
 
@@ -187,10 +197,17 @@ def fleet_json(summary: FleetSummary, *, experts: bool) -> str:
             "superseded": [{**tables.as_dict(s), "path": str(s.path)} for s in summary.superseded],
             "mean_of_layers": summary.mean_of_layers,
             "layers": [
-                {**counted_dict(layer, experts=experts), "summed_ranks": layer.summed_ranks}
+                {
+                    **counted_dict(layer, experts=experts),
+                    "summed_ranks": layer.summed_ranks,
+                    "routed": layer.counters.name not in summary.unrouted,
+                }
                 for layer in summary.layers
             ],
             "aligned": summary.aligned,
+            "traffic_scope": TRAFFIC_SCOPE,
+            "traffic": [group_dict(group) for group in summary.traffic],
+            "foreign": dict(summary.foreign),
         }
     )
 
@@ -207,17 +224,21 @@ def print_fleet(summary: FleetSummary, *, experts: bool) -> None:
     console.print(
         "scope     all ranks read, summed; a token that several ranks route counts once a rank"
     )
-    _print_gaps(console, summary)
+    print_gaps(console, summary, summary.missing)
     counters = [layer.counters for layer in summary.layers]
     names = print_names(console, [c.name for c in counters], [c.in_flight for c in counters])
-    scope = "Whole run, all ranks read"
-    whole = summary.mean_of_layers
-    print_balance(console, scope, summary.layers, names, (whole["gini"], whole["max_over_mean"]))
-    print_not_assigned(console, summary.layers, names)
-    print_ranks(console, scope, summary.layers, names)
-    if experts:
-        print_experts(console, scope, summary.layers, names)
+    routed = [c.name not in summary.unrouted for c in counters]
+    if any(routed):
+        layers = tuple(compress(summary.layers, routed))
+        _print_counts(console, layers, list(compress(names, routed)), experts=experts)
+    if summary.unrouted:
+        note = f"{len(summary.unrouted)} layers: routers not observed, transfers only"
+        console.print(note, style="dim")
+        console.print()
     _print_each_rank(console, summary)
+    short = {c.name: name for c, name in zip(counters, names, strict=True)}
+    for group in summary.traffic:
+        print_traffic(console, group, short)
     a = summary.aligned
     console.print(
         f"rings: {quantity(a.complete)} of {quantity(a.groups)} passes (lane, iteration, micro-batch, "
@@ -244,15 +265,39 @@ def print_fleet(summary: FleetSummary, *, experts: bool) -> None:
         console.print(note, style="dim")
 
 
-def _print_gaps(console: Console, summary: FleetSummary) -> None:
-    absent = [part.rank for part in summary.missing if part.state == "missing"]
+def _print_counts(
+    console: Console, layers: tuple[FleetLayerSummary, ...], names: list[str], *, experts: bool
+) -> None:
+    scope = "Whole run, all ranks read"
+    whole = tuple(
+        mean(getattr(layer.whole_run, name) for layer in layers)
+        for name in ("gini", "max_over_mean")
+    )
+    print_balance(console, scope, layers, names, (whole[0], whole[1]))
+    print_not_assigned(console, layers, names)
+    print_ranks(console, scope, layers, names)
+    if experts:
+        print_experts(console, scope, layers, names)
+
+
+def print_gaps(
+    console: Console, summary: Fleet | FleetSummary, missing: tuple[Unread, ...]
+) -> None:
+    """Prints what of a run is missing, unreadable, superseded, or of another run.
+
+    Args:
+        console: Where to.
+        summary: The run.
+        missing: Ranks that are not in what follows.
+    """
+    absent = [part.rank for part in missing if part.state == "missing"]
     if absent:
         ranks = spans(rank for rank in absent if rank is not None)
         console.print(f"MISSING: no recording of rank {ranks}", style="yellow")
         if not is_named(summary.run):
             note = "the run's name is a start time, which ranks may not share: set DODOCO_RUN"
             console.print(note, style="yellow")
-    files = {part.path: part for part in (*summary.unread, *summary.missing) if part.path}
+    files = {part.path: part for part in (*summary.unread, *missing) if part.path}
     for part in files.values():
         rank = "a rank" if part.rank is None else f"rank {part.rank}"
         text = f"NOT READ: {rank} ({part.state}): {part.problem}"
@@ -262,6 +307,10 @@ def _print_gaps(console: Console, summary: FleetSummary) -> None:
         why = "two owners claim it; the newer is counted" if live else "its rank was restarted"
         text = f"not counted: {older.path} (rank {older.rank}, {older.state}): {why}"
         console.print(plain(text), style="yellow" if live else "dim", soft_wrap=True)
+    if summary.foreign:
+        runs = ", ".join(f"{plain(run)} ({n})" for run, n in list(summary.foreign.items())[:8])
+        more = ", ..." if len(summary.foreign) > 8 else ""
+        console.print(f"not of this run, in the same folder: {runs}{more}", style="dim")
 
 
 def _print_each_rank(console: Console, summary: FleetSummary) -> None:

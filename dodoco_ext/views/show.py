@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,6 +90,17 @@ def print_summary(summary: Summary, *, experts: bool, saved: Path | None = None)
     """Prints the summary of a recording; `experts` adds the busiest and the quietest ones."""
     console = tables.console()
     _print_head(console, summary)
+    routed = [layer.counters.name not in summary.unrouted for layer in summary.layers]
+    if any(routed):
+        _print_routed(
+            console, replace(summary, layers=tuple(compress(summary.layers, routed))), experts
+        )
+    _print_notes(console, summary)
+    if saved is not None:
+        console.print(f"snapshot saved: {plain(str(saved))}", soft_wrap=True)
+
+
+def _print_routed(console: Console, summary: Summary, experts: bool) -> None:
     counters = [layer.counters for layer in summary.layers]
     names = print_names(console, [c.name for c in counters], [c.in_flight for c in counters])
     whole = summary.mean_of_layers
@@ -98,9 +111,6 @@ def print_summary(summary: Summary, *, experts: bool, saved: Path | None = None)
     print_ranks(console, scope, summary.layers, names)
     if experts:
         print_experts(console, scope, summary.layers, names)
-    _print_notes(console, summary)
-    if saved is not None:
-        console.print(f"snapshot saved: {plain(str(saved))}", soft_wrap=True)
 
 
 def print_names(console: Console, names: Sequence[str], in_flight: Sequence[bool]) -> list[str]:
@@ -284,6 +294,12 @@ def print_experts(
 
 def _print_notes(console: Console, summary: Summary) -> None:
     from dodoco_ext.views.summary import FAULTS
+
+    if summary.unrouted:
+        _note(console, f"{len(summary.unrouted)} layers: routers not observed, transfers only")
+    if summary.group is not None:
+        others = f"group {summary.group.name} of {len(summary.group.ranks)} ranks"
+        _note(console, f"transfers in {others}: `dodoco show {summary.recording.run} --fleet`")
 
     simulated, sizes = summary.ring.null_sizes[1], summary.ring.null_sizes[0]
     note = "null: uniform routing of each token to top-k distinct experts"

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import _C, metrics
+from dodoco_ext.fleet import unrouted
 from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader, Snapshot
 from dodoco_ext.snapshots import difference
 from dodoco_ext.sources import Listed
+from dodoco_ext.transfers import Group
 from dodoco_ext.views.balances import (
     Balance,
     RankBalance,
@@ -59,6 +61,7 @@ FAULTS = {
     "NO_DEVICE": "a device could not be set up; nothing on it is recorded, and its layers show zeros",
     "NO_LANE": "more streams at the same time than lanes; some passes are not recorded",
     "DEVICE_ERROR": "a device refused a launch; that probe is off",
+    "UNATTRIBUTED": "AlltoAlls that fit no layer or no forward one; those are not recorded",
 }
 
 
@@ -156,6 +159,8 @@ class Summary:
     Attributes:
         snapshot: The counters since the recording began, which the summary was made from.
         window: None where the summary covers all of them.
+        unrouted: Names of layers whose router is not observed.
+        group: The ranks that transfers were recorded between; None where none were.
     """
 
     recording: RecordingInfo
@@ -166,6 +171,8 @@ class Summary:
     uncovered: list[dict[str, str]]
     num_faults: int
     last_fault: str | None
+    unrouted: frozenset[str]
+    group: Group | None
 
     @property
     def mean_of_layers(self) -> MeanOfLayers:
@@ -244,6 +251,8 @@ def summarise(
         uncovered=uncovered_of(reader),
         num_faults=reader.header["num_faults"],
         last_fault=_fault_name(fault) if fault else None,
+        unrouted=unrouted([reader]),
+        group=reader.group,
     )
 
 

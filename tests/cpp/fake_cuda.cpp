@@ -177,6 +177,48 @@ FAKE Result cuFuncSetAttribute(Function, int, int) {
   ENTER("cuFuncSetAttribute");
   return 0;
 }
+namespace {
+
+// The threads of a block, on threads of the host.
+struct Team {
+  pthread_barrier_t barrier;
+  std::uint64_t sums[dodoco::kMostThreads][2];
+  void meet() { pthread_barrier_wait(&barrier); }
+  std::uint64_t* sums_of(std::uint32_t thread) { return sums[thread]; }
+};
+
+// A kernel of capture.cu: the code that it runs on a device, by as many threads as were asked for.
+std::function<void()> transfer_kernel(State& s, const std::string& name, void** params,
+                                      unsigned num_threads) {
+  auto* lane = *static_cast<dodoco::DeviceLane**>(params[0]);
+  if (name == "dodoco_transfer_begin") {
+    const std::uint32_t slot = *static_cast<std::uint32_t*>(params[1]);
+    return [&s, lane, slot] { dodoco::begin_transfer(lane, slot, s.clock); };
+  }
+  auto* totals = *static_cast<std::uint64_t**>(params[1]);
+  auto* board = *static_cast<std::uint64_t**>(params[2]);
+  const auto transfer = *static_cast<dodoco::Transfer*>(params[3]);
+  std::shared_ptr<dodoco::Constants> constants;
+  if (name == "dodoco_transfer_end_constants")
+    constants = std::make_shared<dodoco::Constants>(*static_cast<dodoco::Constants*>(params[4]));
+  return [=, &s] {
+    Team team;
+    pthread_barrier_init(&team.barrier, nullptr, num_threads);
+    std::vector<std::thread> threads;
+    for (unsigned thread = 0; thread < num_threads; ++thread) {
+      threads.emplace_back([=, &s, &team] {
+        dodoco::Transfer mine = transfer;
+        if (constants != nullptr) dodoco::find_constants(&mine, *constants);
+        dodoco::end_transfer(lane, totals, board, mine, s.clock, thread, num_threads, team);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    pthread_barrier_destroy(&team.barrier);
+  };
+}
+
+}  // namespace
+
 FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                            unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                            Stream stream, void** params, void**) {
@@ -193,6 +235,14 @@ FAKE Result cuLaunchKernel(Function function, unsigned grid_x, unsigned grid_y, 
     return *static_cast<void**>(params[1]) == nullptr && *static_cast<void**>(params[2]) == nullptr
                ? 0
                : kInvalidValue;
+  }
+  if (name.rfind("dodoco_transfer", 0) == 0) {
+    auto work = transfer_kernel(s, name, params, block_x);
+    s.launches.push_back(
+        {name, grid_x, block_x, shared, reinterpret_cast<std::uintptr_t>(stream), {}});
+    const bool captured = s.capturing.count(stream) != 0 && s.capturing[stream] != 0;
+    (captured ? s.graph : s.pending[stream]).push_back(std::move(work));
+    return 0;
   }
   Launch launch{name, grid_x, block_x, shared, reinterpret_cast<std::uintptr_t>(stream), {}};
   constexpr std::size_t kBytes[] = {8, 8, 8, 8, 4, 4, 4, 4, 8, 8, 4, 8, 8};
@@ -266,6 +316,7 @@ FAKE void fake_reset(int num_devices) {
   s.launches.clear();
   s.capturing.clear();
   s.pending.clear();
+  s.graph.clear();
   s.sticky = 0;
   s.run = nullptr;
   s.quiet = false;
@@ -289,6 +340,13 @@ FAKE void fake_use_device(int device) {
 }
 FAKE void fake_capture(std::uintptr_t stream, int status) {
   state().capturing[reinterpret_cast<Stream>(stream)] = status;
+}
+// Once more what was captured.
+FAKE void fake_replay() {
+  State& s = state();
+  const std::lock_guard<std::recursive_mutex> guard(s.mutex);
+  settle_all(s);
+  for (const auto& each : s.graph) each();
 }
 FAKE void fake_quiet() { state().quiet = true; }
 FAKE void fake_full(int full) { g_full = full != 0; }

@@ -1,6 +1,7 @@
 // What the fake driver of fake_cuda.cpp remembers.
 #pragma once
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -10,11 +11,15 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "capture.h"
 #include "cuda_driver.h"
 
 namespace {
@@ -50,6 +55,7 @@ struct State {
   std::set<Stream> streams;
   std::map<Stream, int> capturing;
   std::map<Stream, std::vector<std::function<void()>>> pending;
+  std::vector<std::function<void()>> graph;  // what was captured, of transfers
   std::vector<Launch> launches;
   bool quiet = false;  // launches only return: for timing what comes before them
   void (*run)(const char* name, const std::uint64_t* arguments, unsigned programs) = nullptr;

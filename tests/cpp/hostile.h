@@ -15,7 +15,12 @@ inline void read_ring(const dodoco::RecordingReader& reader, std::uint32_t lane,
                       std::uint64_t position) {
   const dodoco::RingRead read = reader.read_ring(lane, position, UINT64_MAX);
   // What was read, lost or unknown is what the position moved by.
-  const std::uint64_t moved = read.records.size() + read.lost + read.unknown;
+  std::uint64_t moved = read.records.size() + read.lost + read.unknown, counts = 0;
+  for (const dodoco::TransferRecord& transfer : read.transfers) {
+    moved += dodoco::transfer_slots(2 * reader.group_size() + transfer.num_experts);
+    counts += 2 * reader.group_size() + transfer.num_experts;
+  }
+  if (counts != read.counts.size()) __builtin_trap();
   if (read.next - position != moved) __builtin_trap();
 }
 
@@ -32,6 +37,9 @@ inline bool read_everything(const std::string& path) {
         std::vector<std::uint64_t> words(board_block_words(reader.layers()[layer].num_experts));
         reader.read_board(lane, layer, words.data());
       }
+      std::vector<std::uint64_t> block(traffic_block_words(reader.group_size()));
+      for (std::uint64_t i = 0; reader.group_size() != 0 && i < 2 * reader.layers().size(); ++i)
+        reader.read_traffic(lane, i, block.data());
       const std::uint64_t head = reader.head(lane), slots = reader.num_slots(lane);
       for (const std::uint64_t position :
            {std::uint64_t{0}, head, head - 1, head - slots / 2, head + 1, UINT64_MAX})

@@ -31,11 +31,20 @@ Bytes whole_recording(const std::string& path) {
   spec.metadata = R"({"layers": [{"name": "a"}, {"name": "b"}, {"name": "c"}]})";
   spec.layers = {{4, 2}, {8, 0}, {9, 9}};
   spec.num_lanes = 2;
-  spec.max_bytes = 100 << 10;
+  spec.max_bytes = 110 << 10;
+  spec.group_size = 5;
   RecordingWriter writer(spec);
   const std::int64_t ids[6] = {0, 1, 2, -1, 3, 99};
-  for (std::uint64_t n = 0; n < 3 * writer.num_slots(); ++n)
+  Transfer transfer{};
+  transfer.sent = transfer.received = {ids, 0, 5, 1};
+  transfer.iteration = -1;
+  for (std::uint64_t n = 0; n < 3 * writer.num_slots(); ++n) {
     writer.lane(n % 2)->record(n % 3, IdTensor{ids, IdType::kInt64, 3, 2, 2, 1}, n % 7 == 0);
+    transfer.type = 2 + n % 2;
+    transfer.layer = n % 3;
+    transfer.experts = {ids, 1, static_cast<std::uint32_t>(n % 6), 1};
+    if (n % 3 == 0) writer.lane(n % 2)->record(transfer, nullptr);
+  }
   writer.close();
   Bytes bytes(writer.file_bytes());
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);

@@ -1,8 +1,13 @@
 // Races, for the sanitizers (`make sanitize`). Prints one line a check; exits 1 on a failure.
+#include <pthread.h>
+
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
 #include "board.h"
+#include "capture.h"
+#include "divisor.h"
 #include "one_mapping.h"
 #include "race.h"
 #include "ring.h"
@@ -183,6 +188,137 @@ void race_on_one_lane(const std::string& path) {
   ::unlink(path.c_str());
 }
 
+// Transfers and passes in one ring: what a reader accepts is whole, the rest is counted as lost,
+// and totals that are consistent are those of some number of transfers.
+void race_on_transfers(const std::string& path) {
+  constexpr std::uint32_t kRanks = 11;  // two slots with no experts, three with more than four
+  constexpr std::uint32_t kEach = 40000;
+  RecordingSpec spec;
+  spec.path = path;
+  spec.metadata = "{}";
+  spec.layers = {{8, 2}};
+  spec.max_bytes = 40 << 10;
+  spec.group_size = kRanks;
+  RecordingWriter writer(spec);
+  std::atomic<bool> done{false};
+  std::thread thread([&] {
+    const std::int32_t ids[2] = {1, 2};
+    for (std::uint32_t n = 0; n < kEach; ++n) {
+      std::uint32_t counts[kRanks + 7];
+      for (std::uint32_t i = 0; i < kRanks + 7; ++i) counts[i] = n + i;
+      Transfer transfer{};
+      transfer.sent = {counts, 1, kRanks, 0};
+      transfer.received = {counts + 7, 1, kRanks, 0};
+      transfer.experts = {counts, 1, n % 8, 0};
+      transfer.iteration = n;
+      transfer.type = static_cast<std::uint32_t>(RecordType::kDispatch);
+      require(writer.lane(0)->record(transfer, nullptr) == RecordResult::kRecorded, "recorded");
+      if (n % 3 == 0) writer.lane(0)->record(0, IdTensor{ids, IdType::kInt32, 1, 2, 2, 1}, false);
+    }
+    done.store(true);
+  });
+  const RecordingReader reader(path);
+  Words words(traffic_block_words(kRanks));
+  std::uint64_t position = 0, accepted = 0, lost = 0, moved = 0, consistent = 0;
+  bool sound = true, ended = false;
+  while (!ended) {
+    ended = done.load();
+    const RingRead read = reader.read_ring(0, position, UINT64_MAX);
+    const std::uint32_t* counts = read.counts.data();
+    moved += read.records.size() + read.lost;
+    for (const TransferRecord& r : read.transfers) {
+      const auto n = static_cast<std::uint32_t>(r.iteration);
+      sound &= r.sequence == n && r.num_experts == n % 8;
+      for (std::uint32_t i = 0; i < kRanks; ++i)
+        sound &= counts[i] == n + i && counts[kRanks + i] == n + i + 7;
+      for (std::uint32_t i = 0; i < r.num_experts; ++i) sound &= counts[2 * kRanks + i] == n + i;
+      counts += 2 * kRanks + r.num_experts;
+      moved += transfer_slots(2 * kRanks + r.num_experts);
+    }
+    accepted += read.transfers.size();
+    lost += read.lost;
+    position = read.next;
+    if (!reader.read_traffic(0, 0, words.data())) continue;
+    ++consistent;
+    const std::uint64_t n = words[kTransfers], sum = n * (n - 1) / 2;
+    for (std::uint32_t i = 0; i < kRanks && n != 0; ++i)
+      sound &= words[kTrafficWords + i] == sum + n * i;
+  }
+  thread.join();
+  check(sound && accepted > 0 && consistent > 0, "transfers: whole (" + std::to_string(accepted) +
+                                                     "), totals sound (" +
+                                                     std::to_string(consistent) + ")");
+  check(moved == position, "transfers: accepted + lost (" + std::to_string(lost) + ") = written");
+  check(words[kTransfers] == kEach, "transfers: totals exact at the end");
+  writer.close();
+  ::unlink(path.c_str());
+}
+
+// The threads of a block, on threads of the host: a barrier that is missing is a race.
+void race_in_a_block(const std::string& path) {
+  constexpr std::uint32_t kRanks = 40, kThreads = 8, kEach = 300;
+  RecordingSpec spec;
+  spec.path = path;
+  spec.metadata = "{}";
+  spec.layers = {{8, 2}};
+  spec.max_bytes = 60 << 10;
+  spec.group_size = kRanks;
+  RecordingWriter writer(spec);
+  const Section& ring = writer.section(SectionKind::kRing, 0);
+  const Section& traffic = writer.section(SectionKind::kTraffic, 0);
+  ControlBlock control{};
+  control.magic = kControlMagic;
+  control.enabled = 1;
+  set_record_every(&control, 1);
+  LaneState state{};
+  state.last_layer = -1;
+  Words totals(traffic_block_words(kRanks), 0);
+  const TransferPlace place{
+      &control,
+      &state,
+      reinterpret_cast<std::uint64_t*>(writer.base() + ring.offset),
+      totals.data(),
+      reinterpret_cast<std::uint64_t*>(writer.base() + traffic.offset + sizeof(TrafficHeader)),
+      static_cast<std::uint32_t>(__builtin_ctzll(writer.num_slots()))};
+  std::vector<std::uint64_t> counts(kRanks);
+  Transfer transfer{};
+  transfer.sent = transfer.received = {counts.data(), 1, kRanks, 1};
+  transfer.iteration = -1;
+  transfer.advances = 1;
+  transfer.type = static_cast<std::uint32_t>(RecordType::kDispatch);
+  struct {
+    pthread_barrier_t barrier;
+    std::uint64_t sums[kThreads][2];
+    void meet() { pthread_barrier_wait(&barrier); }
+    std::uint64_t* sums_of(std::uint32_t thread) { return sums[thread]; }
+  } team;
+  pthread_barrier_init(&team.barrier, nullptr, kThreads);
+  std::vector<std::thread> threads;
+  for (std::uint32_t t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (std::uint32_t n = 0; n < kEach; ++n) {
+        team.meet();  // between two launches
+        if (t == 0) std::fill(counts.begin(), counts.end(), n);
+        team.meet();
+        write_transfer(place, transfer, t, kThreads, team);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  pthread_barrier_destroy(&team.barrier);
+  const RecordingReader reader(path);
+  const RingRead read = reader.read_ring(0, 0, UINT64_MAX);
+  bool sound = !read.transfers.empty() && read.transfers.back().iteration == kEach - 1;
+  for (std::size_t i = 0; i < read.counts.size(); ++i)
+    sound &= read.counts[i] == read.transfers[i / (2 * kRanks)].iteration;
+  Words words(traffic_block_words(kRanks));
+  sound &= reader.read_traffic(0, 0, words.data()) && words[kTransfers] == kEach &&
+           words[kSentRows] == std::uint64_t{kRanks} * kEach * (kEach - 1) / 2 && words == totals;
+  check(sound, "a block of threads writes what one thread would");
+  writer.close();
+  ::unlink(path.c_str());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -195,5 +331,7 @@ int main(int argc, char** argv) {
   race_on_lanes(path, 8, false);
   race_on_lanes(path, 2, true);
   race_on_one_lane(path);
+  race_on_transfers(path);
+  race_in_a_block(path);
   return 0;
 }

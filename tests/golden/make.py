@@ -22,7 +22,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import cases  # noqa: E402
 import described  # noqa: E402
+import transfer_cases  # noqa: E402
 from dodoco_ext import _C, reference  # noqa: E402
+from dodoco_ext.recording import Reader  # noqa: E402
 
 LAYERS = [(4, 2), (9, 3)]
 SLOTS = 64
@@ -199,9 +201,46 @@ def wrapped_epoch() -> None:
     assert (found["lost"], found["cursor"]) == (head, [head + 30])
 
 
+def with_transfers() -> None:
+    """Transfers of every kind between 9 ranks, and passes between them, in a ring that laps."""
+    path = FOLDER / "transfers.dodoco"
+    path.unlink(missing_ok=True)
+    metadata = {
+        "run": "golden",
+        "lanes": ["host", "host 1"],
+        "layers": [{"name": f"layers.{i}", "num_experts": E} for i, (E, _) in enumerate(LAYERS)],
+        "group": {"ranks": [*range(3, 12)], "index": 2, "name": "ep"},
+    }
+    writer = _C.RecordingWriter(
+        str(path), json.dumps(metadata), LAYERS, num_lanes=2, max_bytes=72 << 10,
+        rank=5, world_size=16, group_size=9, group_index=2,
+    )  # fmt: skip
+    site = np.zeros(8, np.uint64)
+    writer.bind_site(site.ctypes.data, 0, 0)
+    transfers = transfer_cases.of_every_kind(9, 90)
+    for number, sent in enumerate(transfers):
+        flags = sent.backward << 16 | sent.recompute << 17 | (not sent.timed) << 18
+        flags |= (sent.unit == "token") << 19
+        result = _C.push_transfer(
+            writer.lane(number % 2).address, sent.op | flags, sent.layer, sent.iteration, 1,
+            sent.begin_ns, sent.end_ns, sent.bytes_per_row, sent.send, sent.receive, sent.experts,
+        )  # fmt: skip
+        assert result >= 0
+        if number % 5 == 0:
+            Pass(0, np.full((3, 2), 1)).record(writer, site)
+    writer.close()
+    path.chmod(0o644)
+    transfer_cases.assert_totals_are(Reader(path), transfers)
+    found = described.by_reader(path)
+    assert 40 < len(found["transfers"]) < 90
+    assert found == described.by_format(path)
+    path.with_suffix(".json").write_text(json.dumps(found) + "\n")
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     of_every_kind()
     two_lanes()
     killed()
     wrapped_epoch()
+    with_transfers()

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import struct
 import sys
+import tempfile
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 import cases
+import transfer_cases
 from dodoco_ext import _C, reference
-from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS
+from dodoco_ext.capture import Capture
+from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS, Reader
+from dodoco_ext.settings import Settings
 
 
 def check_ids() -> None:
@@ -137,8 +141,43 @@ def check_wrap() -> None:
     probe.recorder.close()
 
 
+def check_transfers() -> None:
+    """Transfers of every kind in a ring that laps, read now and then; a group of 40 has long records."""
+    for ranks, max_bytes in ((3, 40000), (40, 80000)):
+        settings = Settings(directory=Path(tempfile.mkdtemp()) / "r", max_bytes=max_bytes)
+        recorder = transfer_cases.open_recorder(settings, ranks)
+        capture, reader = Capture(recorder, advances=True), Reader(recorder.path)
+        slots, cursor, moved = reader.num_slots, reader.cursor(), 0
+        transfers = transfer_cases.of_every_kind(ranks, 3 * slots)
+        for number, sent in enumerate(transfers, 1):
+            iteration = transfer_cases.push(capture, sent)
+            assert iteration == transfer_cases.iterations(transfers[:number])[-1]
+            if number % 17 == 0 or number > 3 * slots - 5:
+                found = reader.transfers(cursor)
+                counts = 2 * ranks + found.records["num_experts"].astype(int)
+                moved += found.lost + int((1 + -(-np.maximum(counts - 3, 0) // 15)).sum())
+                cursor = found.next_cursor
+                assert moved == cursor[0] == reader.cursor()[0]
+            if number % 50 == 0:
+                transfer_cases.assert_records_are(reader, transfers[:number])
+                transfer_cases.assert_totals_are(reader, transfers[:number])
+        found = reader.transfers()
+        counts = 2 * ranks + found.records["num_experts"].astype(int)
+        whole = int((1 + -(-np.maximum(counts - 3, 0) // 15)).sum())
+        assert found.lost + whole == cursor[0]
+        assert whole > slots - 13, "at most one record is cut"
+        # Arrays whose halves would be other numbers.
+        wide = np.arange(1, ranks + 1, dtype=np.int64)
+        assert capture.push(0, 2, wide, wide, 0, 1) >= 0
+        last = np.argmax(reader.transfers().records["sequence"])
+        assert reader.transfers().sent[last].tolist() == wide.tolist()
+        recorder.close()
+
+
 if __name__ == "__main__":
     assert Path(_C.__file__).parent == Path(sys.argv[1]), "the mutant is not what was imported"
-    for check in (check_passes, check_statistics, check_ring, check_wrap, check_ids, check_maps):
+    for check in (
+        check_passes, check_statistics, check_ring, check_wrap, check_transfers, check_ids, check_maps,
+    ):  # fmt: skip
         check()
     print("all equal")

@@ -199,6 +199,59 @@ MUTANTS = [
         "head - ring.num_slots + 1;",
         rebuild="recording_reader.cpp",
     ),
+    Mutant(
+        "forgets the last rank's rows",
+        "capture.h",
+        "i < t.sent.size) sent",
+        "i + 1 < t.sent.size) sent",
+    ),
+    Mutant(
+        "counts rows of backward transfers",
+        "capture.h",
+        "if (forward && i < num_rows)",
+        "if (i < num_rows)",
+    ),
+    Mutant(
+        "takes durations that were not stamped",
+        "capture.h",
+        "if ((t.type & kFlagUntimed) != 0)",
+        "if (false)",
+    ),
+    Mutant(
+        "starts an iteration at each transfer", "capture.h", "<= last_layer) ++", "<= 65535) ++"
+    ),
+    Mutant(
+        "ignores the transfer's own iteration", "capture.h", "if (t.iteration >= 0)", "if (false)"
+    ),
+    Mutant(
+        "moves the head by one slot",
+        "capture.h",
+        "store(place.ring, head + num_slots);",
+        "store(place.ring, head + 1);",
+    ),
+    Mutant(
+        "leaves what was there before behind the counts", "capture.h", "slots.put(word, 0);", ";"
+    ),
+    Mutant(
+        "puts counts a word too far",
+        "capture.h",
+        "+ 1 +\n         behind",
+        "+ 2 +\n         behind",
+    ),
+    Mutant(
+        "has an epoch for the whole record",
+        "capture.h",
+        "(slot >> log2_slots_) %",
+        "(head_ >> log2_slots_) %",
+    ),
+    Mutant("reads wide counts narrow", "capture.h", "return is_wide != 0", "return is_wide > 1"),
+    Mutant(
+        "takes a continuation for a record's begin",
+        "recording_reader.cpp",
+        "if (partial.slots == 0) {",
+        "if (false) {",
+        rebuild="recording_reader.cpp",
+    ),
 ]
 
 
