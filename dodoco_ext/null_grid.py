@@ -55,7 +55,7 @@ class Floors:
 def floors(
     assignments: ArrayLike, num_experts: int, top_k: int, num_ranks: int | None = None
 ) -> Floors:
-    """Floors at many sizes, within 2 % of `nulls.null()` (max/mean above 1 within 4 %).
+    """Floors at many sizes, within 2 % of `nulls.null()` (max/mean above 1 within 6 %).
 
     Args:
         assignments: (token, expert) pairs counted, [n]; of as many as k make one token.

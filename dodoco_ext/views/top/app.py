@@ -11,6 +11,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.widgets import DataTable, Footer, Input, Static
 
+from dodoco_ext.views.tables import plain
 from dodoco_ext.views.top.columns import COLUMNS, Layout, matching, ordered
 from dodoco_ext.views.top.figures import Row
 from dodoco_ext.views.top.frame import Choice, Frame
@@ -72,7 +73,9 @@ class TopApp(App[None]):
         self.reverse = False
         self.tokens_line = False
         self.filter_text = ""
+        self.failure = ""
         self.shown: list[str] = []
+        self._can_draw = False
         self._looking = asyncio.Lock()
         self._wanted: Choice | None = None
         self._layout_drawn: tuple[object, ...] = ()
@@ -85,12 +88,15 @@ class TopApp(App[None]):
         yield Static(id="status", markup=False)
         yield Static(id="notes", markup=False)
         yield DataTable(id="layers", cursor_type="row", cell_padding=0, zebra_stripes=False)
-        yield Input(id="filter", placeholder="part of a layer's name", compact=True)
+        yield Input(
+            id="filter", placeholder="part of a layer's name", compact=True, select_on_focus=False
+        )
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
         """Begins to look."""
         self.query_one(DataTable).focus()
+        self._can_draw = True
         self._draw()
         if self.interval_s is not None:
             self.run_worker(self._keep_looking(self.interval_s), exit_on_error=False)
@@ -112,8 +118,12 @@ class TopApp(App[None]):
                 frame = await asyncio.to_thread(self.session.look)
             except Exception as error:
                 # A live view must not fall over: it says so, keeps what it showed, and looks again.
-                self.notify(f"{type(error).__name__}: {error}", title="look failed", markup=False)
+                self.failure = plain(
+                    f"Looking failed, tried again: {type(error).__name__}: {error}"
+                )
+                self._draw()
                 return
+            self.failure = ""
         if not self.paused:
             self.frame = frame
             self._draw()
@@ -219,13 +229,14 @@ class TopApp(App[None]):
     # ---- drawing ------------------------------------------------------------------------------
 
     def _draw(self, *, to_top: bool = False) -> None:
-        if not self.is_mounted:
+        if not self._can_draw:
             return
         frame, main = self.frame, self.screen_stack[0]
         cost = frame.waiting or frame.cost.text
         scope = f"({frame.cost.scope})" if frame.cost.scope and not frame.waiting else ""
         status = ("PAUSED (p goes on) | " if self.paused else "") + frame.status
-        notes = "\n".join(frame.notes[:MOST_NOTES])
+        said = (self.failure, *frame.notes) if self.failure else frame.notes
+        notes = "\n".join(said[:MOST_NOTES])
         for name, text in (("cost", cost), ("scope", scope), ("status", status), ("notes", notes)):
             main.query_one(f"#{name}", Static).update(Text(text, no_wrap=True, overflow="ellipsis"))
         main.query_one("#notes").display = bool(notes)

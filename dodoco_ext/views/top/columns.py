@@ -78,7 +78,7 @@ class Layout:
         for index, (column, width) in enumerate(zip(COLUMNS, self.widths, strict=True)):
             title = column.title
             if title == "trend":
-                title = f"{'tok/s' if self.tokens else 'gini'} lately"
+                title = "tok/s ->" if self.tokens else "gini ->"
             if index == sorted_by:
                 title = ("v" if column.falling != reverse else "^") + title
             found.append(_fit(title, width, left=column.left))
@@ -92,7 +92,9 @@ class Layout:
             largest: What a full block of the line means: the largest value of all rows.
         """
         mark = "!" if row.peak > row.peak_high else " "
-        hot = "".join(f"{e} {100 * share:.1f}%".ljust(11) for e, share in row.hottest[: self.hottest]).rstrip()
+        hot = "".join(
+            f"{e} {100 * share:.1f}%".ljust(11) for e, share in row.hottest[: self.hottest]
+        ).rstrip()
         name = plain(row.short) + ("*" if row.in_flight else "")
         texts = (
             name,

@@ -68,8 +68,8 @@ def top(
     if once:
         _print(session, interval_s)
         return
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise DodocoError("top needs a terminal: use `dodoco top --once` in a pipe")
+    if not _on_a_terminal():
+        raise DodocoError("top draws on a terminal, and here is none: use `dodoco top --once`")
     try:
         from dodoco_ext.views.top.app import TopApp
     except ModuleNotFoundError as error:
@@ -79,6 +79,11 @@ def top(
             "textual is not installed: pip install 'dodoco-ext[top]' (`dodoco top --once` needs none)"
         ) from None
     TopApp(session, interval_s).run()
+
+
+def _on_a_terminal() -> bool:
+    """Whether there is one to draw on; Textual writes to stderr."""
+    return all(stream.isatty() for stream in (sys.stdin, sys.stdout, sys.stderr))
 
 
 def _print(session: Session, interval_s: float) -> None:

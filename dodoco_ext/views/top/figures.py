@@ -159,7 +159,8 @@ def _loads(span: Tally, index: int, num_experts: int, size: int) -> NDArray[np.u
     counts = span.counts[:, index, :num_experts]
     counts = counts[counts.any(axis=1)] if counts.any() else counts[:1]
     if size == 1:
-        return counts.sum(axis=1, keepdims=True)
+        sums: NDArray[np.uint64] = counts.sum(axis=1, keepdims=True)
+        return sums
     return metrics.rank_counts(counts, metrics.contiguous_placement(num_experts, size))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,11 +41,13 @@ class CostLine:
         cost: The sums.
         basis: `dispatch`, `counts` or `expert`; "" where nothing was counted.
         num_ranks: Ranks that share the experts.
+        pass_chance: What uniform routing would wait in passes taken one by one, where they were summed.
     """
 
     cost: Cost
     basis: str
     num_ranks: int
+    pass_chance: float = nan
 
     @property
     def text(self) -> str:
@@ -53,17 +55,14 @@ class CostLine:
         cost = self.cost
         if not cost.steps:
             return "Waiting for the hottest rank: nothing was routed in this time."
-        chance = percent(cost.waiting_by_chance)
+        chance, waiting = percent(cost.waiting_by_chance), percent(cost.waiting)
+        factor = f"{cost.speedup:.{2 if cost.speedup < 10 else 1}f}x as fast"
         if self.basis == "expert":
-            waiting = percent(cost.waiting)
-            return (
-                f"One rank: were each expert a rank, {waiting} waiting (chance: {chance}); "
-                f"balance: {cost.speedup:.2f}x"
-            )
-        at_least = ">= " if self.basis == "counts" else ""
+            return f"One rank, by expert: {waiting} waiting (chance {chance}); balanced: {factor}"
+        bound = ">= " if self.basis == "counts" else ""
         return (
-            f"Ranks wait {at_least}{percent(cost.waiting)} of expert time (chance: {chance}); "
-            f"perfect balance: {at_least}{cost.speedup:.2f}x"
+            f"Ranks wait {bound}{waiting} of expert time (chance {chance}); "
+            f"balanced: {bound}{factor}"
         )
 
     @property
@@ -72,7 +71,11 @@ class CostLine:
         if self.basis == "dispatch":
             return f"{self.num_ranks} ranks, each of {self.cost.steps} dispatches as recorded"
         if self.basis == "counts":
-            return f"{self.num_ranks} ranks, contiguous experts assumed, passes summed"
+            alone = percent(self.pass_chance)
+            return (
+                f"{self.num_ranks} ranks, contiguous experts assumed; passes summed: each alone, by "
+                f"chance, {alone}"
+            )
         if self.basis == "expert":
             return "as if every expert were a rank"
         return ""
@@ -140,18 +143,19 @@ class Frame:
         return tuple(sorted(found, key=lambda p: -p.time_ns)[:most])
 
 
-def cost_line(costs: tuple[Cost, Cost, Cost], num_ranks: int) -> CostLine:
+def cost_line(costs: tuple[Cost, Cost, Cost], num_ranks: int, pass_chance: float = nan) -> CostLine:
     """The best that is known: recorded dispatches, else ranks by placement, else experts.
 
     Args:
         costs: By dispatch, by counts and by pass.
         num_ranks: Ranks that share the experts, the largest of any layer.
+        pass_chance: What uniform routing would wait in passes one by one.
     """
     by_dispatch, by_counts, by_pass = costs
     if by_dispatch.steps:
         return CostLine(by_dispatch, "dispatch", num_ranks)
     if num_ranks > 1:
-        return CostLine(by_counts, "counts", num_ranks)
+        return CostLine(by_counts, "counts", num_ranks, pass_chance)
     if by_pass.steps:
         return CostLine(by_pass, "expert", 1)
     return CostLine(by_counts, "expert", 1)
@@ -159,5 +163,4 @@ def cost_line(costs: tuple[Cost, Cost, Cost], num_ranks: int) -> CostLine:
 
 def percent(share: float) -> str:
     """A share as text."""
-    return f"{100 * share:.1f} %" if isfinite(share) else "unknown"
-
+    return f"{100 * share:.1f} %" if isfinite(share) else "?"

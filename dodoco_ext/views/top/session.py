@@ -92,8 +92,9 @@ class Session:
                 Owner.of(old.reader).is_followed_by(Owner.of(entry.reader)) for old in members
             )
             if restarted or (not self._pinned and entry.state == "live"):
-                one = entry.reader.uuid if self._choice.recording is not None else None
-                self._choice = Choice(entry.run, one, entry.run)
+                alone = self._choice.recording is not None
+                chosen = entry.reader.uuid if alone else None
+                self._choice = Choice(entry.run, chosen, entry.run)
                 return
 
     def _members(self, choice: Choice) -> list[Entry]:
@@ -123,9 +124,7 @@ class Session:
             old.follow(fleet)
             return
         alone = choice.recording is not None or fleet.world_size == 1
-        self._watch = Watch(
-            fleet, window_s=self._window_s, num_ranks=self._num_ranks, alone=alone
-        )
+        self._watch = Watch(fleet, window_s=self._window_s, num_ranks=self._num_ranks, alone=alone)
 
     def _reads(self, reader: Reader) -> bool:
         try:
@@ -183,7 +182,7 @@ class Session:
             fleet.layers, span, list(watch.parts), watch.placing.sizes, watch.in_flight()
         )
         costs = (span.by_dispatch, span.by_counts, span.by_pass)
-        cost = cost_line(costs, max(watch.placing.sizes))
+        cost = cost_line(costs, max(watch.placing.sizes), watch.chance_of_passes(span))
         rate = max(tally.tokens, default=0) / tally.seconds if tally.seconds else float("nan")
         assert self._choice is not None, "something is looked at"
         return Frame(
@@ -227,16 +226,16 @@ class Session:
         broken = [r for r, s in states.items() if s not in ("live", "closed")]
         if broken and live:
             said = {_word(states[rank]) for rank in broken}
-            found.append(f"Rank {spans(broken)}: {', '.join(sorted(said))}; the last state is kept.")
+            found.append(
+                f"Rank {spans(broken)}: {', '.join(sorted(said))}; the last state is kept."
+            )
         if fleet.missing and not watch.alone:
             gone = [part.rank for part in fleet.missing if part.rank is not None]
             found.append(f"Missing: rank {spans(gone)} of {fleet.world_size}; not counted in.")
         if any(older.state == "live" for older in fleet.superseded):
             found.append("Two live recordings claim one rank: is DODOCO_RANK set?")
         uncovered = {
-            str(part.get("name"))
-            for reader in fleet.ranks.values()
-            for part in _uncovered(reader)
+            str(part.get("name")) for reader in fleet.ranks.values() for part in _uncovered(reader)
         }
         if uncovered:
             found.append(f"Not observed: {plain(', '.join(sorted(uncovered)))}.")

@@ -37,15 +37,15 @@ def without_blocks(text: str) -> str:
 def detail_lines(frame: Frame, row: Row, width: int) -> list[str]:
     """All about one layer: figures, ranks, last passes, experts."""
     kind = f"top {row.top_k or '?'} of {row.num_experts} experts"
+    total, unused = int(row.counts.sum()), int((row.counts == 0).sum())
+    counted = f"{quantity(row.passes)} passes, {quantity(row.tokens)} tokens"
+    gini, floor = figure(row.gini), figure(row.gini_floor)
+    peak, null, high = (figure(x, 2) for x in (row.peak, row.peak_floor, row.peak_high))
     lines = [
         f"{plain(row.name)}: {kind}, {frame.span}",
-        f"{quantity(row.passes)} passes, {quantity(row.tokens)} tokens, "
-        f"{quantity(int(row.counts.sum()))} assignments, "
-        f"{int((row.counts == 0).sum())} experts unused",
-        f"gini {figure(row.gini)} (uniform routing: {figure(row.gini_floor)}), "
-        f"corrected {figure(row.gini_corrected)}",
-        f"max/mean {figure(row.peak, 2)} (uniform routing: {figure(row.peak_floor, 2)}, "
-        f"97.5 % below {figure(row.peak_high, 2)})",
+        f"{counted}, {quantity(total)} assignments, {unused} experts unused",
+        f"gini {gini} (uniform routing: {floor}), corrected {figure(row.gini_corrected)}",
+        f"max/mean {peak} (uniform routing: {null}, 97.5 % below {high})",
         "",
         *_rank_lines(frame, row, width),
         *_pass_lines(frame, row),
@@ -64,9 +64,7 @@ def _rank_lines(frame: Frame, row: Row, width: int) -> list[str]:
             group = f", group {number}" if len(row.loads) > 1 else ""
             if not cost.steps:
                 continue
-            lines.append(
-                f"Received by rank{group} ({how}): in sum {percent(cost.waiting)} waiting"
-            )
+            lines.append(f"Received by rank{group} ({how}): in sum {percent(cost.waiting)} waiting")
             lines += [*_bars([f"{r:>6}" for r in range(len(loads))], loads, width), ""]
     tokens = frame.rank_tokens or {}
     if len(tokens) > 1:
@@ -80,13 +78,12 @@ def _pass_lines(frame: Frame, row: Row) -> list[str]:
     passes = frame.last_passes(row, LAST_PASSES)
     if not passes:
         return []
-    lines = ["Last passes", "  rank  iteration    tokens   gini  max/mean"]
-    for each in passes:
-        lines.append(
-            f"{each.rank:>6} {each.iteration:>10} {each.tokens:>9}  {figure(each.gini)} "
-            f"{figure(each.peak, 2):>9}"
-        )
-    return [*lines, ""]
+    lines = [
+        f"{each.rank:>6} {each.iteration:>10} {each.tokens:>9}  {figure(each.gini)} "
+        f"{figure(each.peak, 2):>9}"
+        for each in passes
+    ]
+    return ["Last passes", "  rank  iteration    tokens   gini  max/mean", *lines, ""]
 
 
 def _bars(names: list[str], counts: NDArray[np.uint64], width: int) -> list[str]:

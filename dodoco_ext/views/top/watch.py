@@ -12,6 +12,7 @@ from dodoco_ext import metrics
 from dodoco_ext.cost_of_imbalance import Cost, cost_of, cost_of_peaks
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import Fleet
+from dodoco_ext.null_grid import floors
 from dodoco_ext.recording import RECORD_DTYPE, ROUTE, Cursor, Reader
 from dodoco_ext.views.top.dispatches import Dispatches
 from dodoco_ext.views.top.placing import Placing
@@ -128,23 +129,46 @@ class Watch:
         for rank, reader in self.fleet.ranks.items():
             counters = self._counters.get(reader.uuid)
             if counters is not None:
-                found |= {self.fleet.place_of(rank, int(i)) for i in np.flatnonzero(counters.in_flight)}
+                found |= {
+                    self.fleet.place_of(rank, int(i)) for i in np.flatnonzero(counters.in_flight)
+                }
         return found
 
     def cost_of_counts(self, tally: Tally) -> Cost:
         """The cost of one step of each layer and block, its load all that was counted."""
-        kinds: dict[tuple[int, int, int], list[int]] = {}
-        for index, layer in enumerate(self.fleet.layers):
-            kind = (layer.num_experts, layer.top_k, self.placing.sizes[index])
-            kinds.setdefault(kind, []).append(index)
         cost = Cost()
-        for (num_experts, top_k, size), members in kinds.items():
+        for (num_experts, top_k, size), members in self._kinds().items():
             loads = tally.counts[:, members, :num_experts].reshape(-1, num_experts)
             if size > 1:
                 placement = metrics.contiguous_placement(num_experts, size)
                 loads = metrics.rank_counts(loads, placement)
             cost += cost_of(loads, num_experts, top_k)
         return cost
+
+    def chance_of_passes(self, tally: Tally) -> float:
+        """What ranks would wait under uniform routing in every pass by itself, passes of one size.
+
+        That size is the mean of what was counted: assignments of all ranks of a block in one pass.
+        """
+        ranks = max(len(self.fleet.ranks), 1)
+        mean = chance = 0.0
+        for (num_experts, top_k, size), members in self._kinds().items():
+            pairs = tally.scalars[2, members].astype(np.float64) / size
+            passes = tally.scalars[0, members].astype(np.float64) / ranks * self.placing.num_blocks
+            counted = passes > 0
+            each = pairs[counted] * size / passes[counted]
+            peaks = floors(each, num_experts, top_k, size if size > 1 else None).peak
+            mean += float(pairs[counted].sum())
+            chance += float((pairs[counted] * peaks).sum())
+        return 1.0 - mean / chance if chance else float("nan")
+
+    def _kinds(self) -> dict[tuple[int, int, int], list[int]]:
+        """Layers that share E, k and the number of ranks."""
+        kinds: dict[tuple[int, int, int], list[int]] = {}
+        for index, layer in enumerate(self.fleet.layers):
+            kind = (layer.num_experts, layer.top_k, self.placing.sizes[index])
+            kinds.setdefault(kind, []).append(index)
+        return kinds
 
     def _empty(self) -> Tally:
         return Tally.empty(self.placing.num_blocks, len(self.fleet.layers), self.num_experts)
