@@ -294,9 +294,9 @@ def test_a_disk_is_fine_for_the_cpu_only(
     mounts: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts.write_text("x / ext4 rw 0 0\n")
-    monkeypatch.setattr(_C, "has_cuda", False)
+    monkeypatch.setattr(places, "has_gpu", lambda: False)
     assert find(str(recordings)).status == "ok"
-    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(places, "has_gpu", lambda: True)
     assert find(str(recordings)).status == "warning"
     assert "a GPU writes to tmpfs only" in find(str(recordings)).advice
     mounts.write_text("x / tmpfs rw 0 0\n")
