@@ -257,5 +257,7 @@ def _remove_if_empty(folder: Path) -> None:
             for name in (TARGET, LOCK):
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()
+    except FileNotFoundError:
+        return  # the archive has taken what was left in it, and the folder with it
     except OSError as error:
         say(f"{folder} stays: {error.strerror}")

@@ -28,8 +28,8 @@ class Job:
         recompute: "", "reentrant" or "saved": activation checkpointing of each layer.
         idle: A rank that has no tokens at all; -1: none.
         captured: Whether anything is captured.
-        paired_blocks: Pairs of timed blocks of `iterations`, bare and captured in a random order that
-            all ranks share; 0: nothing is timed.
+        paired_blocks: Rounds of timed blocks of `iterations`: bare, bare again and captured, in a random
+            order that all ranks share; 0: nothing is timed.
     """
 
     folder: str
@@ -107,9 +107,7 @@ def train(job: Job, rank: int) -> dict[str, Any]:
         tokens = hidden
         for index in range(job.layers):
             if job.recompute:
-                done = checkpoint(
-                    layer, index, tokens, use_reentrant=job.recompute == "reentrant"
-                )
+                done = checkpoint(layer, index, tokens, use_reentrant=job.recompute == "reentrant")
             else:
                 done = layer(index, tokens)
             tokens = tokens + done
@@ -133,35 +131,44 @@ def train(job: Job, rank: int) -> dict[str, Any]:
 
 
 def _paired(job: Job, model: Any, start: Any) -> dict[str, Any]:
-    """Seconds of blocks with and without a capture, side by side."""
+    """Seconds of blocks with and without a capture, side by side: of the clock and of the CPU."""
+    import gc
     import random
 
     import torch
     import torch.distributed as dist
 
+    from dodoco_ext.integrations import collectives
+
     tokens = torch.randn(job.tokens, job.hidden)
 
-    def block() -> float:
+    def block() -> tuple[float, float]:
         dist.barrier()
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         for _ in range(job.iterations):
             hidden = tokens.clone().requires_grad_()
             for module in model:
                 hidden = hidden + module(hidden)
             hidden.square().sum().backward()
         dist.barrier()
-        return time.perf_counter() - began
+        return time.perf_counter() - began, time.process_time() - began_cpu
 
-    seconds: dict[str, list[float]] = {"bare_s": [], "captured_s": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "again": [], "captured": []}
     order = random.Random(0)  # the same in all ranks
+    capture = start()  # once: a run opens its recording once
+    collectives.stop_listening(capture)
     block()
+    gc.collect()
+    gc.disable()
     for _ in range(job.paired_blocks):
-        for name in order.sample([*seconds], 2):
-            capture = start() if name == "captured_s" else None
-            block()  # what starting costs, and cold caches, are not the run's
+        for name in order.sample([*seconds], len(seconds)):
+            if name == "captured":
+                assert collectives.listen(capture.group, capture)
+            block()  # the first call after a change of torch's tables is not the run's
             seconds[name].append(block())
-            if capture is not None:
-                capture.close()
+            collectives.stop_listening(capture)
+    assert len(capture.reader.transfers().records) > 0
+    capture.close()
     return {**seconds}
 
 
@@ -170,7 +177,7 @@ def main() -> int:
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
 
-    import dodoco_ext.integrations.distributed  # imported once, for all ranks
+    import dodoco_ext.integrations.distributed  # noqa: F401 - imported once, for all ranks
     import moe_layer  # noqa: F401
 
     torch.set_num_threads(1)

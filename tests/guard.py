@@ -51,9 +51,7 @@ def _is_ours() -> bool:
 
 
 class _Mode(TorchDispatchMode):
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().partition(".")[0]
         moves = name in ("aten::_to_copy", "aten::copy_") and _changes_device(name, args, kwargs)

@@ -97,7 +97,9 @@ class MoELayer(torch.nn.Module):
         weights, ids = self.router(tokens).softmax(-1).topk(self.top_k)
         routing_map = torch.zeros(len(tokens), self.num_experts, dtype=torch.bool)
         routing_map.scatter_(1, ids, value=True)
-        self.sent.append(routing_map.view(len(tokens), self.num_ranks, self.num_local).sum((0, 2)).tolist())
+        self.sent.append(
+            routing_map.view(len(tokens), self.num_ranks, self.num_local).sum((0, 2)).tolist()
+        )
 
         expert, order = ids.flatten().sort(stable=True)
         counts = torch.bincount(expert, minlength=self.num_experts)

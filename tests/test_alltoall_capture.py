@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -241,9 +240,7 @@ class TestPlacing:
             out.sum().backward()
             assert kinds(capture) == []
             assert capture.passed_over == {"unattributed": 1}
-            assert capture.reader.header["last_fault"] == int(
-                dodoco._C.Fault.UNATTRIBUTED.value
-            )
+            assert capture.reader.header["last_fault"] == int(dodoco._C.Fault.UNATTRIBUTED.value)
 
     def test_backward_belongs_to_the_iteration_of_its_forward(self) -> None:
         with dodoco.capture_alltoall(layers=1) as capture:

@@ -117,7 +117,7 @@ def test_versions_are_compared_by_their_numbers(version: str, older: bool) -> No
 def test_the_packages_are_those_of_the_extras() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     wanted = {}
-    for extra in set(extras) - {"dev", "top"}:  # top needs what the base install has
+    for extra in set(extras) - {"dev"}:
         for requirement in extras[extra]:
             name, _, minimum = requirement.partition(">=")
             wanted[name] = (extra, tuple(map(int, minimum.split("."))) if minimum else ())
@@ -294,9 +294,9 @@ def test_a_disk_is_fine_for_the_cpu_only(
     mounts: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts.write_text("x / ext4 rw 0 0\n")
-    monkeypatch.setattr(_C, "has_cuda", False)
+    monkeypatch.setattr(places, "has_gpu", lambda: False)
     assert find(str(recordings)).status == "ok"
-    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(places, "has_gpu", lambda: True)
     assert find(str(recordings)).status == "warning"
     assert "a GPU writes to tmpfs only" in find(str(recordings)).advice
     mounts.write_text("x / tmpfs rw 0 0\n")

@@ -340,7 +340,7 @@ def test_the_numbers_of_the_document_equal_the_header_file() -> None:
     assert bounds is not None
     assert f"in eighths, {' '.join(re.findall(r'[0-9]+', bounds[1]))}." in said
     (meaning,) = [row[3] for row in rows("## Header", "offset") if row[2] == "last_fault"]
-    faults = re.findall(r"(\d) \w+", meaning)
+    faults = re.findall(r"(\d+) \w+", meaning)
     assert [int(number) for number in faults] == list(enumerators("Fault").values())
 
 

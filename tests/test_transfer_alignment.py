@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dodoco_ext.errors import InputError
-from dodoco_ext.transfer_alignment import AlignedTransfers
+from dodoco_ext.transfer_alignment import AlignedTransfers, align_transfers
 from dodoco_ext.transfers import COMBINE, DISPATCH, Transfers
 from exchanges import SECOND, Exchange, aligned, exchanges, kept, transfers
 
@@ -153,8 +153,6 @@ def test_clocks_of_two_hosts_are_given_a_minute(host: str, apart: bool) -> None:
     found = aligned(each, 2, 1)
     members = [member for member in found.members if member is not None]
     again = {0: members[0], 1: replace(members[1], host=host)}
-    from dodoco_ext.transfer_alignment import align_transfers
-
     found = align_transfers("ep", (0, 1), again, found.layers)
     assert found.apart.tolist() == [apart, apart]
 

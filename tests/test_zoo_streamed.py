@@ -18,7 +18,9 @@ import dodoco_ext as dodoco
 from dodoco_ext.errors import InputError
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.models import Loading, quiet
+from dodoco_ext.observatory.loading import Loading
+from dodoco_ext.observatory.models import quiet
+from dodoco_ext.observatory.resident import Resident, Streamed
 from dodoco_ext.observatory.streamed import StreamedModel
 from dodoco_ext.observatory.threads import one_thread
 from dodoco_ext.observatory.zoo.species import SPECIES, build
@@ -46,37 +48,47 @@ def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize(("name", "padding"), [("mha", 0), ("mamba2", 0), ("gdn", 5)])
+@pytest.mark.parametrize(
+    ("name", "padding", "first_position"),
+    [("mha", 0, True), ("mamba2", 0, True), ("gdn", 5, True), ("gqa", 3, False), ("mla", 0, False)],
+)
 def test_streamed_and_resident_models_give_identical_results(
-    name: str, padding: int, tmp_path: Path
+    name: str, padding: int, first_position: bool, tmp_path: Path
 ) -> None:
     folder = sharded(name, tmp_path / "model")
     assert len(list(folder.glob("*.safetensors"))) > 10
     text = tmp_path / "a.txt"
     text.write_text(TEXT)
-    shape = Shape(batch_size=2, sequence_length=24, num_batches=3, padding=padding)
-    streamed = StreamedModel(folder)
+    shape = Shape(2, 24, 3, padding=padding, first_position=first_position)
     whole, in_layers = (
-        observe.run(model, ByteTokenizer(), [str(text)], name="m", shape=shape, streamed=how)[0]
-        for model, how in ((resident(folder), None), (streamed.model, streamed))
+        observe.run(runner, ByteTokenizer(), [str(text)], name="m", shape=shape)[0]
+        for runner in (Resident(resident(folder)), Streamed(StreamedModel(folder)))
     )
     assert in_layers.conditions == whole.conditions, "counts, passes, statistics and losses"
     assert len(whole.conditions[0].layers) == 4
-    assert sum(whole.conditions[0].layers[0].counts) == shape.num_tokens * 4
+    counted = shape.num_tokens - (0 if first_position else shape.num_sequences)
+    assert sum(whole.conditions[0].layers[0].counts) == counted * 4
 
 
-def test_counts_without_first_positions_need_the_whole_model(tmp_path: Path) -> None:
-    streamed = StreamedModel(sharded("gqa", tmp_path))
-    shape = Shape(2, 24, 3, first_position=False)
-    with pytest.raises(InputError, match="leave out --without-first or --streamed"):
+def test_a_streamed_model_generates_nothing(tmp_path: Path) -> None:
+    streamed = Streamed(StreamedModel(sharded("gqa", tmp_path)))
+    with pytest.raises(InputError, match=r"leave out generated:builtin:prose or --streamed"):
         observe.run(
-            streamed.model,
+            streamed,
             ByteTokenizer(),
-            ["mock-repeat"],
+            ["generated:builtin:prose"],
             name="m",
-            shape=shape,
-            streamed=streamed,
+            shape=Shape(2, 24, 3),
         )
+
+
+def test_a_quantised_checkpoint_is_not_streamed(tmp_path: Path) -> None:
+    folder = sharded("gqa", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"model is quantised.*without --streamed"):
+        StreamedModel(folder)
 
 
 def test_no_more_than_one_layer_is_in_memory(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ import torch
 DISPATCH, COMBINE = 2, 3
 
 _graph_task = torch._C._current_graph_task_id
+_next_node: Callable[[], int] = vars(torch.autograd)["_get_sequence_nr"]
 _MOST_CALLS = 1 << 14  # forward calls that may wait for their backward
 _MOST_PER_LAYER = 64  # forward calls of a layer that may wait for their recomputation
 
@@ -134,9 +135,7 @@ class Attribution:
         else:
             pair, second = divmod(self.order.calls, 2)
             self.order.calls += 1
-            call = Call(
-                pair % self.num_layers, COMBINE if second else DISPATCH, splits, row_bytes
-            )
+            call = Call(pair % self.num_layers, COMBINE if second else DISPATCH, splits, row_bytes)
         self._remember(call)
         return call
 
@@ -152,7 +151,10 @@ class Attribution:
         entered = self.scopes.entered
         if entered:
             return self._in_scope(
-                _Scope(entered[-1].layer, DISPATCH, entered[-1].task), _graph_task(), None, row_bytes
+                _Scope(entered[-1].layer, DISPATCH, entered[-1].task),
+                _graph_task(),
+                None,
+                row_bytes,
             )
         layer = -1
         if self.ordered:
@@ -186,7 +188,7 @@ class Attribution:
     def _remember(self, call: Call) -> None:
         if torch.is_inference_mode_enabled():
             return  # no way back
-        thread, latest = threading.get_ident(), torch.autograd._get_sequence_nr() - 1
+        thread, latest = threading.get_ident(), _next_node() - 1
         self._forward.setdefault((thread, latest), []).append(call)
         if len(self._forward) > _MOST_CALLS:
             self._forward.popitem(last=False)
@@ -241,5 +243,5 @@ def _is_recomputing(node: torch.autograd.graph.Node) -> bool:
 
     Hooks on saved tensors are how it is found out; those of others make this say yes too often.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks: object = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None or node.name() == "CheckpointFunctionBackward"

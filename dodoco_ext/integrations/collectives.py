@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
 
 Done = Callable[[bool], None]
@@ -78,7 +78,10 @@ def stop_listening(listener: Listener) -> None:
 
 
 def _register() -> None:
-    for namespace, kernels in _KERNELS.items():
+    from .symmetric_memory import KERNELS
+
+    c10d: dict[str, Callable[..., Any]] = {"alltoall_base_": _alltoall_base, "alltoall_": _alltoall}
+    for namespace, kernels in {"c10d": c10d, "symm_mem": KERNELS}.items():
         library = torch.library.Library(namespace, "IMPL")
         _libraries.append(library)
         for name, kernel in kernels.items():
@@ -97,7 +100,7 @@ def _listener_of(group: Any) -> Listener | None:
 def _alltoall_base(
     keys: torch._C.DispatchKeySet,
     output: torch.Tensor,
-    input: torch.Tensor,
+    rows: torch.Tensor,
     group: Any,
     output_split_sizes: list[int],
     input_split_sizes: list[int],
@@ -108,11 +111,18 @@ def _alltoall_base(
     listener = _listener_of(group)
     if listener is not None and output.device.type != "meta":
         num_ranks = dist.ProcessGroup.unbox(group).size()
-        sent = input_split_sizes or _equal_splits(input, num_ranks)
+        sent = input_split_sizes or _equal_splits(rows, num_ranks)
         received = output_split_sizes or _equal_splits(output, num_ranks)
-        done = listener.before(sent, received, input, output)
+        done = listener.before(sent, received, rows, output)
     work = torch.ops.c10d.alltoall_base_.default.redispatch(
-        keys & _BELOW, output, input, group, output_split_sizes, input_split_sizes, async_op, timeout
+        keys & BELOW,
+        output,
+        rows,
+        group,
+        output_split_sizes,
+        input_split_sizes,
+        async_op,
+        timeout,
     )
     return work if done is None else _watch(work, done, listener, output, async_op)
 
@@ -132,7 +142,7 @@ def _alltoall(
         widest = max(inputs, key=torch.Tensor.dim)
         done = listener.before(sent, received, widest, outputs[0])
     results, work = torch.ops.c10d.alltoall_.default.redispatch(
-        keys & _BELOW, outputs, inputs, group, async_op, timeout
+        keys & BELOW, outputs, inputs, group, async_op, timeout
     )
     return results, work if done is None else _watch(work, done, listener, outputs[0], async_op)
 
@@ -236,85 +246,9 @@ def end_unfinished(listener: Listener) -> None:
             work.end(timed=False)
 
 
-def _listener_named(name: str) -> tuple[Listener | None, int]:
+def listener_named(name: str) -> tuple[Listener | None, int]:
+    """The listener of a group that an operator knows by name, and the group's size."""
     for group, listener in _listeners:
         if group.group_name == name:
             return listener, group.size()
     return None, 0
-
-
-def _vdev(
-    keys: torch._C.DispatchKeySet,
-    input: torch.Tensor,
-    out: torch.Tensor,
-    in_splits: torch.Tensor,
-    out_splits_offsets: torch.Tensor,
-    group_name: str,
-) -> None:
-    def read() -> tuple[torch.Tensor, torch.Tensor, None]:
-        return in_splits, out_splits_offsets[0], None
-
-    listener, _ = _listener_named(group_name)
-    done = listener.before_on_device(input, read) if listener and not input.is_meta else None
-    torch.ops.symm_mem.all_to_all_vdev.default.redispatch(
-        keys & _BELOW, input, out, in_splits, out_splits_offsets, group_name
-    )
-    if done is not None:
-        done(True)
-
-
-def _vdev_2d(
-    keys: torch._C.DispatchKeySet,
-    input: torch.Tensor,
-    out: torch.Tensor,
-    in_splits: torch.Tensor,
-    out_splits_offsets: torch.Tensor,
-    group_name: str,
-    major_align: int | None = None,
-) -> None:
-    listener, size = _listener_named(group_name)
-
-    def read() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # By rank and expert where they come from, by expert and rank where they arrive.
-        arrived = out_splits_offsets[0].view(-1, size)
-        return in_splits.view(size, -1).sum(1), arrived.sum(0), arrived.sum(1)
-
-    done = listener.before_on_device(input, read) if listener and not input.is_meta else None
-    torch.ops.symm_mem.all_to_all_vdev_2d.default.redispatch(
-        keys & _BELOW, input, out, in_splits, out_splits_offsets, group_name, major_align
-    )
-    if done is not None:
-        done(True)
-
-
-def _vdev_2d_offset(
-    keys: torch._C.DispatchKeySet,
-    input: torch.Tensor,
-    out: torch.Tensor,
-    in_splits_offsets: torch.Tensor,
-    out_splits_offsets: torch.Tensor,
-    group_name: str,
-) -> None:
-    listener, size = _listener_named(group_name)
-
-    def read() -> tuple[torch.Tensor, torch.Tensor, None]:
-        # The way back: by expert and rank at the source, by rank and expert at the end.
-        sent = in_splits_offsets[0].view(-1, size).sum(0)
-        return sent, out_splits_offsets[0].view(size, -1).sum(1), None
-
-    done = listener.before_on_device(input, read) if listener and not input.is_meta else None
-    torch.ops.symm_mem.all_to_all_vdev_2d_offset.default.redispatch(
-        keys & _BELOW, input, out, in_splits_offsets, out_splits_offsets, group_name
-    )
-    if done is not None:
-        done(True)
-
-
-_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    "c10d": {"alltoall_base_": _alltoall_base, "alltoall_": _alltoall},
-    "symm_mem": {
-        "all_to_all_vdev": _vdev,
-        "all_to_all_vdev_2d": _vdev_2d,
-        "all_to_all_vdev_2d_offset": _vdev_2d_offset,
-    },
-}

@@ -82,9 +82,7 @@ class BufferProbe:
             )
             layers = len(capture.layers)
             # Made now: in a captured graph, each replay would clear them again.
-            self._counters = torch.zeros(
-                layers, num_local_experts, dtype=torch.int32, device=place
-            )
+            self._counters = torch.zeros(layers, num_local_experts, dtype=torch.int32, device=place)
             self._waits = torch.zeros(layers, size, size, dtype=torch.int64, device=place)
         self._replaced: list[tuple[str, Any, Callable[..., Any]]] = []
         for name in _METHODS:
@@ -122,10 +120,13 @@ class BufferProbe:
     def _dispatch(
         self, original: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any
     ) -> Any:
-        known = self._guarded(lambda: self._begin_dispatch(signature.bind(*args, **kwargs).arguments))
+        known = self._guarded(
+            lambda: self._begin_dispatch(signature.bind(*args, **kwargs).arguments)
+        )
         result = original(*args, **kwargs)
         if known is not None:
-            self._guarded(lambda: self._end_dispatch(*known, result))
+            call, send, handle, transfer = known
+            self._guarded(lambda: self._end_dispatch(call, send, handle, transfer, result))
         return result
 
     def _begin_dispatch(self, given: dict[str, Any]) -> Any:
@@ -186,9 +187,7 @@ class BufferProbe:
         if not call.backward:
             self._sent[handle[-1]] = _Sent(call, send, receive)
 
-    def _end(
-        self, call: Call, transfer: Any, send: torch.Tensor, receive: torch.Tensor
-    ) -> None:
+    def _end(self, call: Call, transfer: Any, send: torch.Tensor, receive: torch.Tensor) -> None:
         iteration = self._capture.writer.end(
             transfer, send, receive, bytes_per_row=call.row_bytes, unit="token"
         )
@@ -198,7 +197,9 @@ class BufferProbe:
     def _combine(
         self, original: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any
     ) -> Any:
-        known = self._guarded(lambda: self._begin_combine(signature.bind(*args, **kwargs).arguments))
+        known = self._guarded(
+            lambda: self._begin_combine(signature.bind(*args, **kwargs).arguments)
+        )
         result = original(*args, **kwargs)
         if known is not None:
             call, transfer, before = known
@@ -251,9 +252,7 @@ class BufferProbe:
         return {
             name: tensor
             for name, tensor in ours.items()
-            if name in signature.parameters
-            and name not in by_position
-            and given.get(name) is None
+            if name in signature.parameters and name not in by_position and given.get(name) is None
         }
 
     def _guarded(self, action: Callable[[], Any]) -> Any:

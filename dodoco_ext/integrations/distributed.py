@@ -49,9 +49,9 @@ class AlltoAllCapture:
         layers: The layers that transfers are recorded of.
         passed_over: Calls on the group that were not recorded, by reason: `control` (integers, or
             single numbers and no rows), `outside` (of every layer's scope), `extra` (more than one
-            call in the scope of one transfer), `async_finish` (of DeepEP: nothing tells when such a call is waited
-            for), `low latency` (likewise, without counters of ours), `unattributed` (a backward or recomputed call that fits no
-            forward one; also counted as a fault in the recording).
+            call in the scope of one transfer), `async_finish` (of DeepEP: nothing tells when such a
+            call is waited for), `low latency` (likewise, without counters of ours), `unattributed`
+            (a backward or recomputed call that fits no forward one; also a fault in the recording).
     """
 
     def __init__(
@@ -230,7 +230,12 @@ class AlltoAllCapture:
             try:
                 send, receive, experts = read()
                 iteration = self.writer.end(
-                    transfer, send, receive, experts=experts, bytes_per_row=call.row_bytes, timed=timed
+                    transfer,
+                    send,
+                    receive,
+                    experts=experts,
+                    bytes_per_row=call.row_bytes,
+                    timed=timed,
                 )
                 if call.iteration is None and iteration >= 0:
                     call.iteration = iteration

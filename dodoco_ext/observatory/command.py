@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dodoco_ext.observatory.conditions import Shape
-    from dodoco_ext.observatory.models import Loading
+    from dodoco_ext.observatory.loading import Loading
     from dodoco_ext.observatory.observe import Progress
     from dodoco_ext.observatory.result import Result
 
@@ -97,7 +97,24 @@ _NEEDED = (
 )
 @click.option("--dtype", default="auto", help="auto, float32, bfloat16 or float16. [default: auto]")
 @click.option(
-    "--device-map", help="As transformers takes it: auto, cuda:0, ... (needs accelerate)."
+    "--device-map",
+    help="As transformers takes it: auto, cuda:0, or a JSON object (needs accelerate).",
+)
+@click.option(
+    "--max-memory",
+    metavar="DEVICE=SIZE",
+    multiple=True,
+    help="What --device-map auto may use, as cpu=60GiB; the rest goes to disk.",
+)
+@click.option(
+    "--quantization", metavar="NAME", help="Quantise while loading, as torchao-int8 or quanto-int8."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["transformers", "vllm"]),
+    default="transformers",
+    show_default=True,
+    help="What runs the model.",
 )
 @click.option(
     "--streamed",
@@ -119,6 +136,9 @@ def observe(
     without_first: bool,
     dtype: str,
     device_map: str | None,
+    max_memory: tuple[str, ...],
+    quantization: str | None,
+    engine: str,
     streamed: bool,
     as_json: bool,
 ) -> None:
@@ -140,7 +160,7 @@ def observe(
 
     from dodoco_ext.observatory import report
     from dodoco_ext.observatory.conditions import GRID, Shape
-    from dodoco_ext.observatory.models import Loading
+    from dodoco_ext.observatory.loading import Loading
     from dodoco_ext.observatory.show import print_result
 
     shape = Shape(
@@ -151,7 +171,7 @@ def observe(
         padding=padding,
         first_position=not without_first,
     )
-    loading = Loading(dtype, device_map, streamed)
+    loading = Loading(dtype, device_map, max_memory, streamed, quantization, engine)
     errors = Console(stderr=True)
     with _progress(errors) as progress:
         if model is None:
@@ -188,8 +208,11 @@ def _demo(out: Path, shape: Shape, seed: int, progress: Progress, as_json: bool)
     from rich.console import Console
 
     from dodoco_ext.observatory import comparison, report
-    from dodoco_ext.observatory.demo import run_demo
+    from dodoco_ext.observatory.models import quiet
     from dodoco_ext.observatory.show import print_comparison
+
+    with quiet():
+        from dodoco_ext.observatory.demo import run_demo
 
     results = {
         name: found.result
@@ -221,16 +244,15 @@ def _run_model(
         check_file(source)
     if console.is_terminal:
         console.print(f"loading {model} ...", highlight=False)
-    loaded = load_model(model, loading)
+    loaded = load_model(model, loading, shape=shape, sources=data)
     return observing.run(
-        loaded.model,
+        loaded.runner,
         loaded.tokenizer,
         data,
         name=loaded.name,
         shape=shape,
         seed=seed,
         progress=progress,
-        streamed=loaded.streamed,
         checkpoint=loaded.provenance,
     )
 

@@ -64,13 +64,13 @@ def run_demo(
     for name in names:
         loaded = load_model(f"{PREFIX}{name}")
         facts = replace(
-            observe.facts_of(loaded.model, loaded.name),
+            loaded.runner.facts(loaded.name),
             training=training_facts(Card.read(model_folder(name))),
         )
         # Quiet: where kernels of other packages are missing is no news for models this small.
         with one_thread(), quiet():
             result, recording = observe.run(
-                loaded.model,
+                loaded.runner,
                 loaded.tokenizer,
                 SOURCES,
                 name=loaded.name,

@@ -4,49 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dodoco_ext.errors import InputError
+from dodoco_ext.observatory import quantization
+from dodoco_ext.observatory.conditions import Shape
 from dodoco_ext.observatory.corpus import sha256_of
 from dodoco_ext.observatory.data import first_line
+from dodoco_ext.observatory.loading import Loading
 
 if TYPE_CHECKING:
+    from dodoco_ext.observatory.runners import Runner
     from dodoco_ext.observatory.streamed import StreamedModel
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""In which a model can be computed; `auto` is its own."""
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a model is loaded.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        device_map: As transformers takes it (`auto`, `cpu`, `cuda:0`), through the package
-            accelerate, which also offloads what does not fit; None for the CPU.
-        streamed: Layer by layer over all batches (`streamed.StreamedModel`), whatever its size.
-    """
-
-    dtype: str = "auto"
-    device_map: str | None = None
-    streamed: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype!r} is unknown: give one of {', '.join(DTYPES)}")
-        if self.streamed and self.device_map is not None:
-            raise InputError("streaming runs on the CPU: leave out --device-map or --streamed")
-        if self.device_map is not None and find_spec("accelerate") is None:
-            raise InputError(
-                f"device_map={self.device_map!r} needs the package accelerate: pip install accelerate"
-            )
 
 
 @dataclass(frozen=True)
@@ -55,39 +31,52 @@ class LoadedModel:
 
     Attributes:
         name: The source without folders.
-        model: In evaluation mode.
+        runner: What runs it.
         tokenizer: The tokenizer stored with it.
-        streamed: What runs it layer by layer, where it was loaded so.
-        provenance: Revision, digests, data type, backends and placement.
+        provenance: Revision, digests, data type, backends, placement and quantisation.
     """
 
     name: str
-    model: Any
+    runner: Runner
     tokenizer: Any
-    streamed: StreamedModel | None = None
     provenance: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def model(self) -> Any:
+        """The module that computes."""
+        return self.runner.model
 
-def load_model(source: str, loading: Loading | None = None) -> LoadedModel:
+
+def load_model(
+    source: str,
+    loading: Loading | None = None,
+    *,
+    shape: Shape | None = None,
+    sources: Sequence[str] = (),
+) -> LoadedModel:
     """Loads a model and its tokenizer from this package, from a folder or from the hub.
 
     Args:
         source: `zoo:NAME`, a folder written by `save_pretrained`, or a model id such as `org/name`.
         loading: How; by default whole, on the CPU, in its own data type.
+        shape: The passes that will be run, which vLLM must know; by default those of the demo.
+        sources: The conditions that will be run: those that cannot are refused before loading.
 
     Raises:
         InputError: It is not there, not readable offline, no causal language model, or its
             vocabulary is larger than its embedding.
     """
-    loading = loading or Loading()
+    loading, shape = loading or Loading(), shape or Shape(8, 128, 32)
+    _runner_class(loading).refuse(sources, shape)
     if find_spec("transformers") is None:
         raise InputError("observing needs transformers: pip install 'dodoco-ext[transformers]'")
-    from dodoco_ext.observatory.zoo import deepseek, shipped
+    with quiet():
+        from dodoco_ext.observatory.zoo import deepseek, shipped
 
-    deepseek.register()
+        deepseek.register()
     if source.startswith(shipped.PREFIX):
         folder = shipped.model_folder(source.removeprefix(shipped.PREFIX))
-        return _load(source, folder, str(shipped.tokenizer_folder()), loading)
+        return _load(source, folder, str(shipped.tokenizer_folder()), loading, shape)
     folder = Path(source).expanduser()
     if source.startswith((".", "/", "~")) and not folder.is_dir():
         raise InputError(
@@ -97,11 +86,22 @@ def load_model(source: str, loading: Loading | None = None) -> LoadedModel:
         raise InputError(
             f"{source} holds no config.json: give the folder that save_pretrained wrote"
         )
-    return _load(source, folder, str(folder) if folder.is_dir() else source, loading)
+    return _load(source, folder, str(folder) if folder.is_dir() else source, loading, shape)
 
 
-def _load(source: str, folder: Path, tokenizer_from: str, loading: Loading) -> LoadedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def _runner_class(loading: Loading) -> type[Runner]:
+    from dodoco_ext.observatory.engine_vllm import VllmRunner
+    from dodoco_ext.observatory.resident import Resident, Streamed
+
+    if loading.engine == "vllm":
+        return VllmRunner
+    return Streamed if loading.streamed else Resident
+
+
+def _load(
+    source: str, folder: Path, tokenizer_from: str, loading: Loading, shape: Shape
+) -> LoadedModel:
+    from transformers import AutoConfig, AutoTokenizer
 
     from dodoco_ext.observatory.zoo.shipped import PREFIX
 
@@ -109,21 +109,11 @@ def _load(source: str, folder: Path, tokenizer_from: str, loading: Loading) -> L
     shipped = source.startswith(PREFIX)
     # Stored in half precision to be small, meant to be computed in single.
     dtype = "float32" if shipped and loading.dtype == "auto" else loading.dtype
-    options: dict[str, Any] = {"dtype": dtype}
-    if loading.device_map is not None:
-        options["device_map"] = loading.device_map
-    if shipped:
-        options["experts_implementation"] = "grouped_mm"
-    streamed = None
     with quiet():
         try:
             config = AutoConfig.from_pretrained(where)  # one small file: an unknown id fails early
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_from)
-            if loading.streamed:
-                streamed = _streamed(folder, source, dtype)
-                model = streamed.model
-            else:
-                model = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
+            runner = _runner(where, folder, config, replace(loading, dtype=dtype), shape, shipped)
         except InputError:
             raise
         except (
@@ -134,37 +124,75 @@ def _load(source: str, folder: Path, tokenizer_from: str, loading: Loading) -> L
                 if folder.is_dir()
                 else "check the id, be online, or give a local folder"
             )
+            if loading.quantization is not None:
+                advice = "leave out --quantization, or try another"
             raise InputError(
                 f"cannot load the model {source!r} ({first_line(error)}): {advice}"
             ) from None
-    check_vocabulary(model, tokenizer, source)
+    check_vocabulary(runner.embedding_rows, tokenizer, source)
     name = source if shipped or not folder.is_dir() else folder.resolve().name
-    facts = provenance_of(model, tokenizer, folder if folder.is_dir() else None)
+    facts = provenance_of(runner, config, tokenizer, folder if folder.is_dir() else None)
     facts["loading"] = "layer by layer" if loading.streamed else "whole"
-    return LoadedModel(name, model.eval(), tokenizer, streamed, facts)
+    return LoadedModel(name, runner, tokenizer, facts)
 
 
-def provenance_of(model: Any, tokenizer: Any, folder: Path | None) -> dict[str, str]:
+def _runner(
+    where: str, folder: Path, config: Any, loading: Loading, shape: Shape, shipped: bool
+) -> Runner:
+    from transformers import AutoModelForCausalLM
+
+    from dodoco_ext.observatory.engine_vllm import VllmRunner
+    from dodoco_ext.observatory.resident import Resident, Streamed
+
+    if loading.engine == "vllm":
+        # vLLM takes `auto` for half precision where weights are stored in single.
+        dtype = loading.dtype
+        if dtype == "auto":
+            dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
+        return VllmRunner(where, config, dtype, shape)
+    if loading.streamed:
+        return Streamed(_streamed(folder, where, loading.dtype))
+    options: dict[str, Any] = {"dtype": loading.dtype, **loading.placement()}
+    if shipped:
+        options["experts_implementation"] = "grouped_mm"
+    if loading.quantization is not None:
+        options["quantization_config"] = quantization.config_of(loading.quantization)
+    # What is offloaded to disk is stored anew, in the layout in which it is computed.
+    offload = None
+    if loading.device_map is not None:
+        offload = TemporaryDirectory(prefix="dodoco-offload-")
+        options["offload_folder"] = offload.name
+    model = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
+    if offload is not None:
+        weakref.finalize(model, offload.cleanup)
+    if loading.quantization is not None and not quantization.quantised_weights(model):
+        raise InputError(
+            f"quantization={loading.quantization!r} changes nothing in {folder.name}: its layers have "
+            "sizes that this method passes over; leave it out, or try another"
+        )
+    return Resident(model.eval())
+
+
+def provenance_of(
+    runner: Runner, config: Any, tokenizer: Any, folder: Path | None
+) -> dict[str, str]:
     """What a result says of the checkpoint behind it, without paths.
 
     Args:
-        model: As loaded.
+        runner: The model as loaded.
+        config: As it is stored.
         tokenizer: As loaded.
         folder: The checkpoint's folder, whose weights are digested; None for one of the hub, which
             its revision names.
     """
-    config = model.config
-    facts = {
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "placement": ", ".join(sorted({p.device.type for p in model.parameters()})),
-    }
-    for key, attribute in (
-        ("revision", "_commit_hash"),
-        ("attention backend", "_attn_implementation"),
-        ("experts backend", "_experts_implementation"),
-    ):
-        if value := getattr(config, attribute, None):
-            facts[key] = str(value)
+    facts = runner.provenance()
+    if revision := getattr(config, "_commit_hash", None):
+        facts["revision"] = str(revision)
+    loaded_config = getattr(runner.model, "config", config)
+    if found := quantization.described(loaded_config) or quantization.described(config):
+        facts["quantization"] = found
+        if weights := quantization.quantised_weights(runner.model):
+            facts["quantization"] += f", {weights} weights"
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         facts["tokenizer sha256"] = sha256_of([backend.to_str()])
     if folder is not None:
@@ -194,13 +222,12 @@ def _streamed(folder: Path, source: str, dtype: str) -> StreamedModel:
     return StreamedModel(folder, None if dtype == "auto" else getattr(torch, dtype))
 
 
-def check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
+def check_vocabulary(rows: int, tokenizer: Any, source: str) -> None:
     """Refuses a tokenizer whose ids the model has no embedding for.
 
     Raises:
         InputError: The largest id is not below the number of embedding rows.
     """
-    rows = int(model.get_input_embeddings().weight.shape[0])
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise InputError(
@@ -220,9 +247,16 @@ def quiet() -> Iterator[None]:
     transformers.disable_progress_bar()
     for library, _ in verbosities:
         library.set_verbosity(logging.CRITICAL)
+    # transformers imports torchao where it is installed, which tells of each kernel that it lacks.
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         for library, verbosity in verbosities:
             library.set_verbosity(verbosity)
         if had_bars:

@@ -99,6 +99,11 @@ class StreamedModel:
         self._checkpoint = Checkpoint(folder)
         with quiet():
             config = AutoConfig.from_pretrained(folder)
+            if getattr(config, "quantization_config", None) is not None:
+                raise InputError(
+                    f"{folder.name} is quantised, and layers are streamed as they are stored: load it "
+                    "without --streamed"
+                )
             self._dtype = dtype or config.dtype or torch.float32
             with torch.device("meta"):
                 self.model = AutoModelForCausalLM.from_config(config, dtype=self._dtype)
@@ -117,13 +122,17 @@ class StreamedModel:
 
     @torch.inference_mode()
     def run(
-        self, batches: Sequence[Inputs], after_layer: AfterLayer | None = None
+        self,
+        batches: Sequence[Inputs],
+        after_layer: AfterLayer | None = None,
+        after_pass: Callable[[int], None] | None = None,
     ) -> Iterator[Any]:
         """The model's outputs, batch by batch, once all layers have run over all batches.
 
         Args:
             batches: Keyword arguments of each call.
             after_layer: Told after each layer has run over all batches.
+            after_pass: Told the number of a batch after each layer has run over it.
         """
         stubs = [_Stub(layer) for layer in self._layers]
         with self._stand_ins(stubs):
@@ -135,6 +144,8 @@ class StreamedModel:
             self._check(layer, index)
             for number, (arguments, keywords) in enumerate(stub.calls):
                 hidden[number] = layer(hidden[number], *arguments, **keywords)
+                if after_pass is not None:
+                    after_pass(number)
             self._drop(layer)
             stub.calls.clear()
             if after_layer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from dodoco_ext.views.tables import duration, figure, plain, quantity
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from dodoco_ext.traffic.steps import Step
 
 SCHEMA = "dodoco.ending/1"
 MAX_LAYERS = 5
@@ -162,13 +165,18 @@ def _print_ranks(console: Console, ending: Ending) -> None:
     console.print()
 
 
+def _is_empty(step: Step) -> bool:
+    return not (step.passes or step.transfers)
+
+
 def _print_steps(console: Console, ending: Ending) -> None:
     unit = "second" if ending.step_s == 1 else f"{ending.step_s} seconds"
     console.print(f"Each {unit} of the last {ending.window_s:g}, all ranks", style="bold")
     columns = ("before end", "iterations", "passes", "tokens", "transfers", "rows dispatched")
     table = tables.make_table(console, (*columns, "max/mean", "busiest", "waited"))
-    for step in ending.steps:
-        if not (step.passes or step.transfers):
+    # What lies before the first record, the rings do not hold, or the job had not begun.
+    for step in itertools.dropwhile(_is_empty, ending.steps):
+        if _is_empty(step):
             table.add_row(f"{step.from_s:g} s", *["-"] * 8)
             continue
         span = str(step.first) if step.first == step.last else f"{step.first}-{step.last}"

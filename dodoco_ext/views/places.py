@@ -94,6 +94,11 @@ def _unwritable(folder: Path) -> str:
     return ""
 
 
+def has_gpu() -> bool:
+    """Whether a driver has put an NVIDIA device here; none is opened."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
 def _concerns(folder: Path, kind: str, *, shared: bool) -> list[str]:
     found = []
     if file_systems.NETWORK.fullmatch(kind):
@@ -101,7 +106,7 @@ def _concerns(folder: Path, kind: str, *, shared: bool) -> list[str]:
             f"{kind} is a network file system, where a live recording can look dead and counters old: "
             "set DODOCO_DIR to a tmpfs of this machine, and copy recordings when they are closed"
         )
-    elif _C.has_cuda and kind not in file_systems.MEMORY:
+    elif has_gpu() and kind not in file_systems.MEMORY:
         found.append(
             f"{kind or 'this'} is not memory, and a GPU writes to tmpfs only: set DODOCO_DIR"
         )

@@ -1,0 +1,142 @@
+"""AlltoAll time against imbalance, at equal bytes: uniform, Zipf and recorded traffic over gloo.
+
+`python benchmarks/dispatch_imbalance.py` prints the table in docs/alltoall.md. Every traffic is one matrix
+[R, R] of rows, scaled to the same total; all are sent in turn by the same processes. The recorded one
+is a dispatch of this repository's MoE layer, read from its recording.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dodoco_ext.capture import DISPATCH
+from dodoco_ext.intervals import bootstrap_interval
+from dodoco_ext.recording import Reader
+
+Matrix = NDArray[np.int64]
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+def scaled(weights: NDArray[np.float64], rows: int) -> Matrix:
+    """A matrix of `rows` rows in all, as near to the weights as whole rows allow."""
+    exact = weights / weights.sum() * rows
+    matrix = np.floor(exact).astype(np.int64)
+    rest = rows - int(matrix.sum())
+    largest = np.argsort((matrix - exact).ravel(), kind="stable")[:rest]
+    matrix.ravel()[largest] += 1
+    return matrix
+
+
+def zipf(ranks: int, exponent: float) -> NDArray[np.float64]:
+    """All sources alike, destinations by rank."""
+    return np.tile((1.0 + np.arange(ranks)) ** -exponent, (ranks, 1))
+
+
+def recorded(ranks: int) -> NDArray[np.float64]:
+    """What a skewed MoE layer sent in one dispatch."""
+    sys.path.insert(0, str(TESTS))
+    from alltoall_job import Job, run
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DODOCO_DIR"] = f"{folder}/recordings"
+        results = run(Job(folder, ranks, layers=1, iterations=1, tokens=256, experts=4 * ranks))
+        rows = []
+        for result in results:
+            found = Reader(result["path"]).transfers()
+            rows.append(found.sent[found.records["type"] == DISPATCH][0])
+    return np.array(rows, dtype=np.float64)
+
+
+def send(rank: int, matrices: dict[str, Matrix], hidden: int, rounds: int, meeting: str) -> Any:
+    import time
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    ranks = len(next(iter(matrices.values())))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    calls = {}
+    for name, matrix in matrices.items():
+        sent, received = matrix[rank].tolist(), matrix[:, rank].tolist()
+        calls[name] = (
+            torch.empty(sum(received), hidden),
+            torch.ones(sum(sent), hidden),
+            received,
+            sent,
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in matrices}
+    order = np.random.default_rng(0)  # the same in all ranks
+    for turn in range(rounds + 2):
+        for name in order.permutation([*calls]):
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_to_all_single(*calls[name])
+            dist.barrier()  # the slowest rank's time is everybody's
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    dist.destroy_process_group()
+    return seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=16384, help="rows in each AlltoAll, all ranks")
+    parser.add_argument("--hidden", type=int, default=512, help="float32 values in a row")
+    parser.add_argument("--rounds", type=int, default=200)
+    asked = parser.parse_args()
+    weights = {
+        "uniform": np.ones((asked.ranks, asked.ranks)),
+        "Zipf 0.5": zipf(asked.ranks, 0.5),
+        "Zipf 1.0": zipf(asked.ranks, 1.0),
+        "Zipf 2.0": zipf(asked.ranks, 2.0),
+        "recorded": recorded(asked.ranks),
+    }
+    matrices = {name: scaled(each, asked.rows) for name, each in weights.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for rank in range(asked.ranks):
+            child = os.fork()
+            if child == 0:
+                seconds = send(
+                    rank, matrices, asked.hidden, asked.rounds, f"file://{folder}/meeting"
+                )
+                Path(folder, str(rank)).write_text(json.dumps(seconds))
+                os._exit(0)
+            children.append(child)
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        if any(statuses):
+            return 1
+        seconds = json.loads(Path(folder, "0").read_text())
+    uniform = np.array(seconds["uniform"])
+    bytes_ = asked.rows * asked.hidden * 4
+    print(f"{asked.ranks} ranks over gloo, {bytes_ / 2**20:.0f} MiB in each AlltoAll")
+    print("| traffic | received, max/mean | through one rank, MiB | ms | over uniform |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, matrix in matrices.items():
+        received = matrix.sum(0)
+        apart = matrix - np.diag(np.diag(matrix))  # what a rank sends itself crosses no link
+        busiest = (apart.sum(0) + apart.sum(1)).max() * asked.hidden * 4 / 2**20
+        ratio = np.array(seconds[name]) / uniform
+        low, high = bootstrap_interval(
+            ratio, np.median, np.arange(len(ratio)) * 40 // len(ratio), num_resamples=500
+        )
+        print(
+            f"| {name} | {received.max() / received.mean():.2f} | {busiest:.1f} | "
+            f"{np.median(seconds[name]) * 1e3:.1f} | {np.median(ratio):.2f} [{low:.2f}, {high:.2f}] |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
