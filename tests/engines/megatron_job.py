@@ -1,7 +1,7 @@
 """One rank of a Megatron job: each case trained bare, then with probes. Run by test_megatron_training.py.
 
 Arguments: rank, ranks, folder of the rendezvous and the results, cases as `recompute:dispatcher`,
-or `recompute:dispatcher:guarded` to fail where the host fetches a tensor's value.
+with `:guarded` to fail where the host fetches a tensor's value, or one of OPTIONS.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ import dodoco_ext
 from dodoco_ext.settings import Settings
 
 STEPS, MICROBATCHES = 2, 2
+OPTIONS: dict[str, dict[str, Any]] = {
+    "capacity": {"moe_expert_capacity_factor": 0.5},
+    "padded": {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": True},
+}
 
 
 def train(model: Any, rank: int) -> list[torch.Tensor]:
@@ -63,8 +67,10 @@ def held(model: Any) -> list[tuple[str, dict[str, int]]]:
 
 
 def run(case: str, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
-    recompute, dispatcher, *guarded = case.split(":")
-    settings = {"recompute": recompute, "moe_token_dispatcher_type": dispatcher}
+    recompute, dispatcher, *options = case.split(":")
+    settings: dict[str, Any] = {"recompute": recompute, "moe_token_dispatcher_type": dispatcher}
+    for option in options:
+        settings |= OPTIONS.get(option, {})
     bare = megatron_cpu.build(expert_parallel=ranks, **settings)
     maps: list[list[torch.Tensor]] = [[], []]
     for index, layer in enumerate(bare.decoder.layers):
@@ -84,7 +90,7 @@ def run(case: str, rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     # A folder for each: in one folder, only the last two recordings of a rank are kept.
     where = replace(Settings.from_environment(), directory=folder / case.replace(":", "-"))
     attachment = dodoco_ext.megatron.attach(model, labels={"case": case}, settings=where)
-    with guard.no_host_sync(allow=("numpy",)) if guarded else contextlib.nullcontext():
+    with guard.no_host_sync(allow=("numpy",)) if "guarded" in options else contextlib.nullcontext():
         losses = train(model, rank)
     attachment.detach()
     return {

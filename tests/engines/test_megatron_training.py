@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ PASSES = 4  # two steps of two micro-batches
 TOKENS = 32
 CASES = ("none:alltoall", "moe:alltoall", "full:alltoall", "torch:alltoall")
 MORE = ("none:allgather", "full:allgather", "none:alltoall:guarded", "full:alltoall:guarded")
-BOTH = [(ranks, case) for ranks in (1, 2, 4) for case in (*CASES, *MORE)]
+DROPPING = ("full:alltoall:capacity", "full:alltoall:padded")
+BOTH = [(ranks, case) for ranks in (1, 2, 4) for case in (*CASES, *MORE, *DROPPING)]
+ROUTED = [(ranks, case) for ranks, case in BOTH if "padded" not in case]
 
 
 @dataclass
@@ -42,18 +46,22 @@ class Rank:
 
 
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """Runs all cases at a number of ranks, once."""
     script = Path(__file__).with_name("megatron_job.py")
-    return {
-        ranks: run_ranks(script, ranks, tmp_path_factory.mktemp(f"ep{ranks}"), *CASES, *MORE)
-        for ranks in (1, 2, 4)
-    }
+
+    @cache
+    def run(ranks: int) -> list[dict[str, Any]]:
+        folder = tmp_path_factory.mktemp(f"ep{ranks}")
+        return run_ranks(script, ranks, folder, *CASES, *MORE, *DROPPING)
+
+    return run
 
 
 @pytest.fixture
-def job(jobs: dict[int, list[dict[str, Any]]], request: pytest.FixtureRequest) -> list[Rank]:
+def job(jobs: Callable[[int], Any], request: pytest.FixtureRequest) -> list[Rank]:
     ranks, case = request.param
-    return [Rank(said[case], dodoco_ext.Reader(said[case]["path"])) for said in jobs[ranks]]
+    return [Rank(said[case], dodoco_ext.Reader(said[case]["path"])) for said in jobs(ranks)]
 
 
 def of_cases(*pairs: tuple[int, str]) -> pytest.MarkDecorator:
@@ -82,7 +90,7 @@ def test_losses_and_gradients_are_bit_identical(job: list[Rank]) -> None:
         assert all(torch.equal(bare[name], probed[name]) for name in bare)
 
 
-@of_cases(*BOTH)
+@of_cases(*ROUTED)
 def test_routers_are_counted_once_whatever_is_recomputed(job: list[Rank]) -> None:
     for rank in job:
         for layer, counted in enumerate(rank.reader.snapshot().layers):
@@ -90,6 +98,10 @@ def test_routers_are_counted_once_whatever_is_recomputed(job: list[Rank]) -> Non
             assert len(maps) == counted.passes == PASSES
             assert np.array_equal(counted.counts, sum(each.sum(0).numpy() for each in maps))
             assert counted.name == f"decoder.layers.{layer}.mlp.router"
+            kept = sum(int(each.sum()) for each in maps)
+            assert counted.capacity_dropped == PASSES * TOKENS * TOP_K - kept
+            dropping = "capacity" in rank.reader.metadata["labels"]["case"]
+            assert (counted.capacity_dropped > 0) == dropping
 
 
 @of_cases(*BOTH)
@@ -101,7 +113,10 @@ def test_detach_leaves_every_object_as_it_was(job: list[Rank]) -> None:
 def test_recordings_have_no_fault(job: list[Rank]) -> None:
     for rank in job:
         assert rank.reader.header["num_faults"] == 0
-        assert rank.said["uncovered"] == []
+        padded = "padded" in rank.reader.metadata["labels"]["case"]
+        reasons = [reason for _, reason in rank.said["uncovered"]]
+        assert len(reasons) == (LAYERS if padded else 0)
+        assert all("always even" in reason for reason in reasons)
 
 
 @ALLTOALL
