@@ -80,6 +80,7 @@ def average_gradients(model: GPTModel) -> None:
 
 
 def main() -> None:
+    """Trains, and logs every few steps."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--log-interval", type=int, default=10)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,8 +16,7 @@ from .megatron_symbols import ALLGATHER, ALLTOALL, FLEX
 Methods = tuple[tuple[str, Callable[..., Any]], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """What one transfer carries.
 
     Attributes:
@@ -41,14 +39,15 @@ class Rows:
     device: str | None
     bytes_back: int
 
-    def back(self) -> Rows:
-        """The backward of it: what was received goes back."""
-        return replace(
-            self,
-            send=self.receive,
-            receive=self.send,
-            experts=None,
-            bytes_per_row=self.bytes_back,
+    def back(self, bytes_per_row: int | None = None) -> Rows:
+        """The same rows the other way: the backward of a transfer, or the combine after a dispatch.
+
+        Args:
+            bytes_per_row: Bytes of a row of those; by default `bytes_back`.
+        """
+        width = self.bytes_back if bytes_per_row is None else bytes_per_row
+        return Rows(
+            self.receive, self.send, None, width, self.unit, self.timed, self.device, width
         )
 
 
@@ -103,7 +102,7 @@ class _AllToAll:
         tokens = tensors[0]
         others = sum(_width(each) for each in tensors[1:] if isinstance(each, torch.Tensor))
         row = _width(tokens)
-        self._about = (len(tokens), row + others, row, tokens.is_cuda)
+        self._about = (tokens.shape[0], row + others, row, tokens.is_cuda)
         if op == DISPATCH:
             present = dispatcher.input_splits
             if getattr(
@@ -120,7 +119,7 @@ class _AllToAll:
         if op == COMBINE:
             sent, self._sent = self._sent, None
             # The same rows the other way round; no probabilities travel along.
-            return sent and replace(sent.back(), bytes_per_row=width, bytes_back=width_back)
+            return sent and sent.back(width_back)
         send, receive, experts = self._counts or (
             dispatcher.input_splits,
             dispatcher.output_splits,
@@ -154,7 +153,7 @@ class _AllGather:
         width = row = _width(tokens)
         if op == DISPATCH:
             width += sum(_width(each) for each in (*tensors[1:], dispatcher.routing_map))
-        self._about = len(tokens), width, row, tokens.is_cuda
+        self._about = tokens.shape[0], width, row, tokens.is_cuda
         return None
 
     def after(self, op: int, dispatcher: Any) -> Rows | None:
@@ -188,7 +187,7 @@ class _DeepEP:
         width, width_back = self._about
         if op == COMBINE:
             sent, self._sent = self._sent, None
-            return sent and replace(sent.back(), bytes_per_row=width, bytes_back=width_back)
+            return sent and sent.back(width_back)
         handle = dispatcher._comm_manager.handle
         rank = torch.distributed.get_rank(dispatcher.tp_ep_group)
         in_rank = handle[_IN_RANK[len(handle)]]

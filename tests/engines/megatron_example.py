@@ -5,15 +5,15 @@ Arguments: rank, ranks, folder, and those of the script. Run by test_megatron_ex
 
 from __future__ import annotations
 
+import megatron_cpu  # noqa: F401 - the stand-ins, before Megatron
+
+# isort: split
 import os
 import runpy
 import sys
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parent)]
-import megatron_cpu  # noqa: F401
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "megatron_moe.py"
 

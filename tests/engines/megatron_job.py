@@ -6,6 +6,9 @@ with `:guarded` to fail where the host fetches a tensor's value, or one of OPTIO
 
 from __future__ import annotations
 
+import megatron_cpu  # the stand-ins, before Megatron
+
+# isort: split
 import contextlib
 import sys
 from dataclasses import replace
@@ -15,14 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import guard
-import megatron_cpu
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import set_current_microbatch
 
 import dodoco_ext
+import guard
 from dodoco_ext.settings import Settings
 
 STEPS, MICROBATCHES = 2, 2

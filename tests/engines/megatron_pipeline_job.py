@@ -5,6 +5,9 @@ Arguments: rank, ranks, folder, virtual pipeline stages on each rank (1 or 2).
 
 from __future__ import annotations
 
+import megatron_cpu  # the stand-ins, before Megatron
+
+# isort: split
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,9 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-sys.path[:0] = [str(Path(__file__).parent)]
-import megatron_cpu
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 HOME = os.environ.get("MEGATRON_HOME", "")
+HELPERS = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 TIMEOUT_S = 240
 
 needs_megatron = pytest.mark.skipif(
@@ -29,7 +30,7 @@ def run_ranks(script: Path, ranks: int, folder: Path, *arguments: str) -> list[d
     recordings.mkdir(mode=0o700)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), HOME])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *HELPERS, HOME])),
         "DODOCO_DIR": str(recordings),
         "DODOCO_RUN": "megatron",
         "WORLD_SIZE": str(ranks),
