@@ -28,6 +28,14 @@ LAZY = {
         "dodoco_ext.observatory.command:observe",
         "Run a model over mock and real data, and compare its routing.",
     ),
+    "metrics": (
+        "dodoco_ext.views.exporter.command:metrics",
+        "Export recordings to Prometheus.",
+    ),
+    "template": (
+        "dodoco_ext.views.template:template",
+        "Print a dashboard, alert rules, or a deployment.",
+    ),
 }
 
 
