@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,18 +100,25 @@ class Observer:
     Args:
         folders: Where to look; None: the settings' folders, asked anew every time.
         keep_s: How long one that ended is exposed.
+        clock: Unix time in ns.
     """
 
-    def __init__(self, folders: Sequence[Path] | None = None, keep_s: float = KEEP_S) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path] | None = None,
+        keep_s: float = KEEP_S,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
         self.folders = tuple(folders) if folders else None
         self.keep_s = keep_s
+        self._clock = clock
         self._alive_ns: dict[str, int] = {}  # by uuid: when it was last seen to live
         self._known: dict[str, Observed] = {}  # by uuid: those exposed, as they were last
         self._complaint = ""
 
     def look(self) -> Look:
         """Looks now."""
-        now = time.time_ns()
+        now = self._clock()
         problem = ""
         try:
             listed = find(self.folders)

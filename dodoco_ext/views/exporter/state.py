@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dodoco_ext.views.exporter.identity import Key
@@ -33,6 +33,7 @@ class State:
         window_s: Length of the window of the window gauges.
         keep_s: How long a recording that ended is exposed.
         waits: Whether transfers are read one by one, for what only they say.
+        clock: Unix time in ns.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class State:
         window_s: float = 60.0,
         keep_s: float = KEEP_S,
         waits: bool = True,
+        clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.lock = threading.RLock()
         self.sums = Sums()
@@ -50,7 +52,8 @@ class State:
         self.look = Look(0, (), (), {})
         self._placed: dict[tuple[Key, str], dict[int, int]] = {}
         self._reads_transfers = waits
-        self._observer = Observer(folders, keep_s)
+        self._observer = Observer(folders, keep_s, clock)
+        self._clock = clock
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._ticked = time.monotonic()
@@ -70,7 +73,7 @@ class State:
     def tick(self) -> None:
         """What has to be done every second: little, unless a window ends."""
         with self.lock:
-            now = time.time_ns()
+            now = self._clock()
             if self.windows.is_due(now) or now - self.look.time_ns > LOOK_S * 1e9:
                 self.update()
             elif self._reads_transfers:

@@ -73,14 +73,14 @@ class Sums:
     def received(self, key: Key, layer: str) -> dict[int, int]:
         """Assignments that each rank of a group received, experts placed in equal contiguous runs.
 
-        Empty where that cannot be known: no group is named, a rank of it was never seen, the ranks do not
+        Empty where nothing was counted, or that cannot be known: no group is named, a rank of it was never seen, the ranks do not
         divide the experts, or the physical map has changed.
         """
         group = self.groups[key]
         if group.ranks is None or not group.seen.issuperset(group.ranks):
             return {}
         summed = group.layers[layer]
-        if summed.moved:
+        if summed.moved or not summed.counts.any():
             return {}
         try:
             placement = metrics.contiguous_placement(len(summed.counts), len(group.ranks))
