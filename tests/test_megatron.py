@@ -101,7 +101,7 @@ def test_every_form_of_a_choice_counts_the_same(answer: torch.Tensor, hooked: bo
     if hooked:
         router.register_forward_hook(lambda *args: None)
     with dodoco_ext.megatron.attach(model) as attachment:
-        probs, choice = router(torch.ones(2, HIDDEN))
+        _, choice = router(torch.ones(2, HIDDEN))
         assert choice is answer
         counted = attachment.snapshot().layers[0]
     assert counted.counts.tolist() == COUNTS

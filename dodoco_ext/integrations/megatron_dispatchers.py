@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import _C

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import guard
-import megatron_cpu
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import set_current_microbatch
 
 import dodoco_ext
+import guard
+import megatron_cpu
 from dodoco_ext.settings import Settings
 
 STEPS, MICROBATCHES = 2, 2

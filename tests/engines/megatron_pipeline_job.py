@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 sys.path[:0] = [str(Path(__file__).parent)]
-import megatron_cpu
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import dodoco_ext
+import megatron_cpu
 
 MICROBATCHES, STEPS, BATCH = 4, 2, 2
 

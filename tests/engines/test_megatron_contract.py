@@ -33,7 +33,9 @@ def wheel_of(release: str) -> Path:
     home = os.environ.get("MEGATRON_WHEELS", "")
     found = sorted(Path(home).glob(f"megatron_core-{release}-*.whl")) if home else []
     if not found:
-        pytest.skip(f"no wheel of megatron-core {release} in MEGATRON_WHEELS: run make engines online")
+        pytest.skip(
+            f"no wheel of megatron-core {release} in MEGATRON_WHEELS: run make engines online"
+        )
     return found[0]
 
 

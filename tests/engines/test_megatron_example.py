@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron_processes import HOME, needs_megatron, run_ranks
 
 import dodoco_ext
+from megatron_processes import HOME, needs_megatron, run_ranks
 
 pytestmark = [pytest.mark.engine, needs_megatron, pytest.mark.timeout(300)]
 

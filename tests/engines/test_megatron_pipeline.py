@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron_processes import needs_megatron, run_ranks
 
 import dodoco_ext
+from megatron_processes import needs_megatron, run_ranks
 
 pytestmark = [pytest.mark.engine, needs_megatron, pytest.mark.timeout(300)]
 

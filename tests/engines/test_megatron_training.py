@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_processes import needs_megatron, run_ranks
 
 import dodoco_ext
 from dodoco_ext.transfers import COMBINE, DISPATCH
+from megatron_processes import needs_megatron, run_ranks
 
 pytestmark = [pytest.mark.engine, needs_megatron, pytest.mark.timeout(300)]
 
