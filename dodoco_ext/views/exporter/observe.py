@@ -163,7 +163,7 @@ class Observer:
             last
             for uuid, before in self._known.items()
             if uuid not in chosen and before.up and uuid in present
-            if (last := self._observe(before.identity, *reversed(present[uuid]), uuid)) is not None
+            if (last := self._last_of(before, *present[uuid])) is not None
         ]
         self._known = {each.uuid: each for each in (*shown, *(e for e in ended if e.up))}
         self._alive_ns = {u: t for u, t in self._alive_ns.items() if u in present}
@@ -177,6 +177,9 @@ class Observer:
         else:
             created = max(created, reader.last_ns())
         return max(created, self._alive_ns.get(reader.uuid, 0))
+
+    def _last_of(self, before: Observed, state: str, reader: Reader) -> Observed | None:
+        return self._observe(before.identity, reader, state, before.uuid)
 
     def _observe(
         self, identity: Identity, reader: Reader, state: str, uuid: str
