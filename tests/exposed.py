@@ -11,6 +11,7 @@ from dodoco_ext.views.exporter.collect import registry_of
 from dodoco_ext.views.exporter.render import render
 from dodoco_ext.views.exporter.state import State
 
+
 class Clock:
     """Unix time that passes when it is told to, from the middle of a window on."""
 

@@ -125,8 +125,15 @@ def server(num_ranks: int, **options: object) -> list[Served]:
     return [Served(rank, ranks, **options) for rank in ranks]  # type: ignore[arg-type]
 
 
-def work(ranks: Sequence[Served], *, tokens: int = 32, seed: int = 0, skew: float = 0.0,
-         late: int | None = None, late_ns: int = 0) -> None:
+def work(
+    ranks: Sequence[Served],
+    *,
+    tokens: int = 32,
+    seed: int = 0,
+    skew: float = 0.0,
+    late: int | None = None,
+    late_ns: int = 0,
+) -> None:
     """One iteration of a server: every layer routes, dispatches and combines, at every rank.
 
     The rank `late` comes late to every transfer: the others' last longer by `late_ns`.

@@ -198,7 +198,9 @@ def test_an_address_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         command = [sys.executable, "-m", "dodoco_ext", "metrics", "--listen", address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"cannot listen on {address}" in done.stderr
@@ -237,7 +239,9 @@ def test_it_loads_neither_torch_nor_a_writer() -> None:
         "import json, sys\nfrom dodoco_ext.cli import run\nrun(['metrics', '--once'])\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     loaded = set(json.loads(done.stdout.splitlines()[-1]))
     ours = {"dodoco_ext.recorder", "dodoco_ext.ops", "dodoco_ext.attachment"}
     assert "prometheus_client" in loaded

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dodoco_ext.views.exporter.render import render
 from dodoco_ext.views.exporter.collect import registry_of
+from dodoco_ext.views.exporter.render import render
 from dodoco_ext.views.exporter.state import State
 from dodoco_ext.views.exporter.table import OPTIONS
 from dodoco_ext.views.template import content
-from serving_tools import needs_prometheus
-from serving_rules import CASES, Case
 from served import server, work
+from serving_rules import CASES, Case
+from serving_tools import needs_prometheus
 
 pytestmark = needs_prometheus
 RULES = {rule["alert"]: rule for rule in yaml.safe_load(content("alerts"))["groups"][0]["rules"]}
@@ -24,7 +24,12 @@ RULES = {rule["alert"]: rule for rule in yaml.safe_load(content("alerts"))["grou
 
 def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["promtool", *arguments], input=text, capture_output=True, text=True, timeout=60, check=False
+        ["promtool", *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 

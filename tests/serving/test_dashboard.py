@@ -14,8 +14,8 @@ import pytest
 
 import dodoco_ext as dodoco
 from dodoco_ext.views.template import content
-from serving_tools import Prometheus, needs_prometheus, prometheus
 from served import Served, server, work
+from serving_tools import Prometheus, needs_prometheus, prometheus
 from test_exporter_server import exporter
 
 pytestmark = needs_prometheus
@@ -45,7 +45,9 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
     def go_on() -> None:
         seed = 0
         while not stop.wait(0.05):
-            work(ranks, tokens=(4, 100, 1100)[seed % 3], seed=seed, skew=0.5, late=0, late_ns=50_000)
+            work(
+                ranks, tokens=(4, 100, 1100)[seed % 3], seed=seed, skew=0.5, late=0, late_ns=50_000
+            )
             seed += 1
 
     thread = threading.Thread(target=go_on)
@@ -56,9 +58,7 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Served]]:
 
 
 @pytest.fixture(scope="module")
-def scraping(
-    busy: list[Served], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Prometheus]:
+def scraping(busy: list[Served], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     folder = tmp_path_factory.mktemp("prometheus")
     recordings = str(busy[0].path.parent)
     with (
@@ -140,5 +140,3 @@ def test_panels_do_not_overlap_and_say_what_they_show() -> None:
         assert max(x for x, _ in cells) < 24
         taken |= cells
         assert panel["description"]
-
-

@@ -139,7 +139,9 @@ def _rank(families: _Families, state: State, each: Observed) -> None:
 
 def _received(families: _Families, state: State, each: Observed) -> None:
     """Received assignments: from exact rows, else from counts per expert, else by placement."""
-    dispatched = {each.layers[t.layer]: t for t in each.traffic if t.op in OPS and OPS[t.op] == "dispatch"}
+    dispatched = {
+        each.layers[t.layer]: t for t in each.traffic if t.op in OPS and OPS[t.op] == "dispatch"
+    }
     units = state.waits.units.get(each.uuid, set())
     for name in each.layers:
         value: float = math.nan
@@ -164,7 +166,9 @@ def _alltoall(families: _Families, state: State, each: Observed) -> None:
         mine = [totals for totals in each.traffic if totals.op == code and _executed(totals)]
         if not mine:
             continue
-        families.add("alltoall_seconds_total", (*labels, op), sum(t.duration_ns for t in mine) / 1e9)
+        families.add(
+            "alltoall_seconds_total", (*labels, op), sum(t.duration_ns for t in mine) / 1e9
+        )
         waited = state.waits.waited_ns.get((each.identity, op))
         if waited is not None:
             families.add("alltoall_wait_seconds_total", (*labels, op), waited / 1e9)
@@ -176,7 +180,9 @@ def _alltoall(families: _Families, state: State, each: Observed) -> None:
                 place = (*labels, each.layers[totals.layer], op)
                 families.add("layer_alltoall_seconds_total", place, totals.duration_ns / 1e9)
                 families.add("layer_alltoall_bytes_total", (*place, "sent"), totals.sent_bytes)
-                families.add("layer_alltoall_bytes_total", (*place, "received"), totals.received_bytes)
+                families.add(
+                    "layer_alltoall_bytes_total", (*place, "received"), totals.received_bytes
+                )
         if families.wants("alltoall_rows_total") and each.group is not None:
             rows = sum((t.sent for t in mine), np.zeros(len(each.group.ranks), np.uint64))
             for destination, count in zip(each.group.ranks, rows.tolist(), strict=True):

@@ -26,27 +26,44 @@ from dodoco_ext.views.exporter.table import OPTIONS
 )
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...")
 @click.option(
-    "--listen", default="127.0.0.1:9400", show_default=True, metavar="HOST:PORT",
+    "--listen",
+    default="127.0.0.1:9400",
+    show_default=True,
+    metavar="HOST:PORT",
     help="Address to serve /metrics and /healthz on.",
 )
 @click.option(
-    "--window", "window_s", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S",
+    "--window",
+    "window_s",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    metavar="S",
     help="Seconds of the window of the window gauges.",
 )
 @click.option(
-    "--keep", "keep_s", type=click.FloatRange(min=0), default=900.0, show_default=True, metavar="S",
+    "--keep",
+    "keep_s",
+    type=click.FloatRange(min=0),
+    default=900.0,
+    show_default=True,
+    metavar="S",
     help="Seconds for which a recording that ended is exposed, as down.",
 )
 @click.option("--per-expert", is_flag=True, help="A series for every layer and expert.")
 @click.option("--per-layer-alltoall", is_flag=True, help="AlltoAll times and bytes layer by layer.")
 @click.option("--matrix", is_flag=True, help="A series for every source and destination.")
 @click.option(
-    "--no-wait", is_flag=True,
+    "--no-wait",
+    is_flag=True,
     help="Do not read single transfers: no waiting times, and the exporter needs less CPU time.",
 )
-@click.option("--once", is_flag=True, help="Print the metrics once; there are no window gauges then.")
 @click.option(
-    "--textfile", metavar="DIR",
+    "--once", is_flag=True, help="Print the metrics once; there are no window gauges then."
+)
+@click.option(
+    "--textfile",
+    metavar="DIR",
     help="Write dodoco.prom for node_exporter into DIR, every --interval, and serve nothing.",
 )
 @click.option(

@@ -9,7 +9,11 @@ GROUP = ("model_name", "ep_group")
 RANK = (*GROUP, "rank")
 LAYER = (*GROUP, "layer")
 
-PASS_SIZES: tuple[tuple[str, int, int], ...] = (("1-63", 0, 6), ("64-1023", 6, 10), ("1024+", 10, 20))
+PASS_SIZES: tuple[tuple[str, int, int], ...] = (
+    ("1-63", 0, 6),
+    ("64-1023", 6, 10),
+    ("1024+", 10, 20),
+)
 """Classes of tokens a pass: name, and rows of the board's histograms (row c: from 2^c tokens)."""
 
 BUCKETS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
@@ -65,7 +69,7 @@ METRICS = (
     ),
     Metric(
         "last_pass_timestamp_seconds", "gauge", "seconds", RANK,
-        "Unix time of the last pass or transfer that a rank counted.",
+        "Unix time of the last pass that a rank counted; where no router is observed, of the last transfer.",
     ),
     Metric(
         "tokens_total", "counter", "tokens", (*RANK, "layer"),

@@ -80,7 +80,9 @@ class Waits:
         self.units = {uuid: units for uuid, units in self.units.items() if uuid in there}
         identities = {each.identity for each in observed}
         self.waited_ns = {k: v for k, v in self.waited_ns.items() if k[0] in identities}
-        self.assignments = Counter({k: v for k, v in self.assignments.items() if k[0] in identities})
+        self.assignments = Counter(
+            {k: v for k, v in self.assignments.items() if k[0] in identities}
+        )
         self._pending = {k: v for k, v in self._pending.items() if any(u in there for u in v)}
         self._looked_ns = time_ns
 
