@@ -89,7 +89,11 @@ def test_a_recording_that_ended_stays_for_a_time() -> None:
         assert up == ({"0": 0, "1": 1} if there else {"1": 1})
         assert bool(seen.of("tokens_total", rank=0)) == there
     assert seen.by("state", "exporter_recordings") == {
-        "live": 1, "closed": 1, "dead": 0, "unreadable": 0, "shadowed": 0
+        "live": 1,
+        "closed": 1,
+        "dead": 0,
+        "unreadable": 0,
+        "shadowed": 0,
     }
     other.close()
 

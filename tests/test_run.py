@@ -61,7 +61,7 @@ LEAVES_ONE_BEHIND = (
 
 
 @pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, str]:
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """Without DODOCO_DIR, and with a home of its own in place of /dev/shm."""
     monkeypatch.delenv("DODOCO_DIR")
     shared_memory = tempfile.mkdtemp(prefix="dodoco-tests-", dir="/dev/shm")

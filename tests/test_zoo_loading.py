@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 from dodoco_ext.errors import InputError
 from dodoco_ext.observatory import observe, quantization
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.models import LoadedModel, Loading, load_model, quiet
+from dodoco_ext.observatory.loading import Loading
+from dodoco_ext.observatory.models import LoadedModel, load_model, quiet
 from dodoco_ext.observatory.result import Result
 from dodoco_ext.observatory.threads import one_thread
 from dodoco_ext.observatory.zoo import shipped
@@ -105,7 +106,7 @@ def test_a_model_quantised_while_loading_is_observed_and_named(tmp_path: Path) -
         f"model.layers.{n}.self_attn.{part}_proj" for n in range(LAYERS) for part in "qkvo"
     }, "linear layers alone; routers and experts stay"
     one, other = observed(plain), observed(loaded)
-    assert other.provenance["quantization"] == "torchao, Int8WeightOnlyConfig"
+    assert other.provenance["quantization"] == "torchao, Int8WeightOnlyConfig, 16 weights"
     assert "quantization" not in one.provenance
     for before, after in zip(one.conditions[0].layers, other.conditions[0].layers, strict=True):
         assert sum(before.counts) == sum(after.counts) == SHAPE.num_tokens * 4
@@ -124,8 +125,14 @@ def test_a_checkpoint_that_was_saved_quantised_loads_as_it_is_and_says_so(tmp_pa
     assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
     again = load_model(str(tmp_path))
     one, other = observed(loaded), observed(again)
-    assert other.provenance["quantization"] == "torchao, Int8WeightOnlyConfig"
+    assert other.provenance["quantization"] == "torchao, Int8WeightOnlyConfig, 16 weights"
     assert [c.layers for c in other.conditions] == [c.layers for c in one.conditions]
+
+
+def test_a_method_that_passes_over_every_layer_is_refused() -> None:
+    pytest.importorskip("torchao")  # groups of 128 do not fit 96 inputs
+    with pytest.raises(InputError, match="quantization='torchao-int4' changes nothing in gqa"):
+        load_model("zoo:gqa", Loading(quantization="torchao-int4"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import dodoco_ext as dodoco
 from dodoco_ext.errors import InputError
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.models import Loading, quiet
+from dodoco_ext.observatory.loading import Loading
+from dodoco_ext.observatory.models import quiet
 from dodoco_ext.observatory.resident import Resident, Streamed
 from dodoco_ext.observatory.streamed import StreamedModel
 from dodoco_ext.observatory.threads import one_thread

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dodoco_ext.observatory.conditions import Shape
-    from dodoco_ext.observatory.models import Loading
+    from dodoco_ext.observatory.loading import Loading
     from dodoco_ext.observatory.observe import Progress
     from dodoco_ext.observatory.result import Result
 
@@ -160,7 +160,7 @@ def observe(
 
     from dodoco_ext.observatory import report
     from dodoco_ext.observatory.conditions import GRID, Shape
-    from dodoco_ext.observatory.models import Loading
+    from dodoco_ext.observatory.loading import Loading
     from dodoco_ext.observatory.show import print_result
 
     shape = Shape(
@@ -208,8 +208,11 @@ def _demo(out: Path, shape: Shape, seed: int, progress: Progress, as_json: bool)
     from rich.console import Console
 
     from dodoco_ext.observatory import comparison, report
-    from dodoco_ext.observatory.demo import run_demo
+    from dodoco_ext.observatory.models import quiet
     from dodoco_ext.observatory.show import print_comparison
+
+    with quiet():
+        from dodoco_ext.observatory.demo import run_demo
 
     results = {
         name: found.result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,94 +18,11 @@ from dodoco_ext.observatory import quantization
 from dodoco_ext.observatory.conditions import Shape
 from dodoco_ext.observatory.corpus import sha256_of
 from dodoco_ext.observatory.data import first_line
+from dodoco_ext.observatory.loading import Loading
 
 if TYPE_CHECKING:
     from dodoco_ext.observatory.runners import Runner
     from dodoco_ext.observatory.streamed import StreamedModel
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""In which a model can be computed; `auto` is its own."""
-
-
-ENGINES = ("transformers", "vllm")
-"""What can run a model."""
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How a model is loaded, and what runs it.
-
-    Attributes:
-        dtype: One of `DTYPES`.
-        device_map: As transformers takes it (`auto`, `cpu`, `cuda:0`, or a JSON object of modules and
-            devices, `disk` among them), through the package accelerate; None for the CPU.
-        max_memory: What `auto` may use of a device, as `cpu=60GiB` or `0=70GiB`; the rest goes to disk.
-        streamed: Layer by layer over all batches (`streamed.StreamedModel`), whatever its size.
-        quantization: One of `quantization.METHODS`; None for the weights as they are stored.
-        engine: One of `ENGINES`.
-    """
-
-    dtype: str = "auto"
-    device_map: str | None = None
-    max_memory: tuple[str, ...] = ()
-    streamed: bool = False
-    quantization: str | None = None
-    engine: str = "transformers"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype!r} is unknown: give one of {', '.join(DTYPES)}")
-        if self.engine not in ENGINES:
-            raise InputError(f"engine={self.engine!r} is unknown: give one of {', '.join(ENGINES)}")
-        if self.streamed and self.device_map is not None:
-            raise InputError("streaming runs on the CPU: leave out --device-map or --streamed")
-        if self.streamed and self.quantization is not None:
-            raise InputError(
-                f"quantization={self.quantization!r} needs the whole model: leave out --streamed"
-            )
-        if self.engine == "vllm":
-            for name in ("device_map", "streamed", "quantization"):
-                if value := getattr(self, name):
-                    raise InputError(
-                        f"{name}={value!r} is for transformers: leave it out, or --engine vllm"
-                    )
-        if self.max_memory and self.device_map is None:
-            raise InputError(
-                f"max_memory={self.max_memory[0]!r} needs a device map: --device-map auto"
-            )
-        if self.device_map is not None and find_spec("accelerate") is None:
-            raise InputError(
-                f"device_map={self.device_map!r} needs the package accelerate: pip install accelerate"
-            )
-        self.placement()
-        if self.quantization is not None:
-            quantization.check(self.quantization)
-
-    def placement(self) -> dict[str, Any]:
-        """Keyword arguments of `from_pretrained` for devices."""
-        if self.device_map is None:
-            return {}
-        placed: Any = self.device_map
-        if self.device_map.lstrip().startswith("{"):
-            try:
-                placed = json.loads(self.device_map)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"device_map={self.device_map!r} is no JSON object ({error.msg}): write it as "
-                    '{"model.layers.0": "cpu", "model.layers.1": "disk", ...}'
-                ) from None
-        found: dict[str, Any] = {"device_map": placed}
-        if self.max_memory:
-            found["max_memory"] = dict(_amount(text) for text in self.max_memory)
-        return found
-
-
-def _amount(text: str) -> tuple[str | int, str]:
-    device, _, amount = text.partition("=")
-    if not device or not amount:
-        raise InputError(f"max_memory={text!r}: write DEVICE=SIZE, as cpu=60GiB or 0=70GiB")
-    return (int(device) if device.isdecimal() else device), amount
 
 
 @dataclass(frozen=True)
@@ -154,9 +70,10 @@ def load_model(
     _runner_class(loading).refuse(sources, shape)
     if find_spec("transformers") is None:
         raise InputError("observing needs transformers: pip install 'dodoco-ext[transformers]'")
-    from dodoco_ext.observatory.zoo import deepseek, shipped
+    with quiet():
+        from dodoco_ext.observatory.zoo import deepseek, shipped
 
-    deepseek.register()
+        deepseek.register()
     if source.startswith(shipped.PREFIX):
         folder = shipped.model_folder(source.removeprefix(shipped.PREFIX))
         return _load(source, folder, str(shipped.tokenizer_folder()), loading, shape)
@@ -240,16 +157,19 @@ def _runner(
         options["experts_implementation"] = "grouped_mm"
     if loading.quantization is not None:
         options["quantization_config"] = quantization.config_of(loading.quantization)
-    if loading.device_map is None:
-        return Resident(
-            AutoModelForCausalLM.from_pretrained(where, config=config, **options).eval()
-        )
     # What is offloaded to disk is stored anew, in the layout in which it is computed.
-    offload = TemporaryDirectory(prefix="dodoco-offload-")
-    model = AutoModelForCausalLM.from_pretrained(
-        where, config=config, offload_folder=offload.name, **options
-    )
-    weakref.finalize(model, offload.cleanup)
+    offload = None
+    if loading.device_map is not None:
+        offload = TemporaryDirectory(prefix="dodoco-offload-")
+        options["offload_folder"] = offload.name
+    model = AutoModelForCausalLM.from_pretrained(where, config=config, **options)
+    if offload is not None:
+        weakref.finalize(model, offload.cleanup)
+    if loading.quantization is not None and not quantization.quantised_weights(model):
+        raise InputError(
+            f"quantization={loading.quantization!r} changes nothing in {folder.name}: its layers have "
+            "sizes that this method passes over; leave it out, or try another"
+        )
     return Resident(model.eval())
 
 
@@ -271,6 +191,8 @@ def provenance_of(
     loaded_config = getattr(runner.model, "config", config)
     if found := quantization.described(loaded_config) or quantization.described(config):
         facts["quantization"] = found
+        if weights := quantization.quantised_weights(runner.model):
+            facts["quantization"] += f", {weights} weights"
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         facts["tokenizer sha256"] = sha256_of([backend.to_str()])
     if folder is not None:
@@ -325,9 +247,16 @@ def quiet() -> Iterator[None]:
     transformers.disable_progress_bar()
     for library, _ in verbosities:
         library.set_verbosity(logging.CRITICAL)
+    # transformers imports torchao where it is installed, which tells of each kernel that it lacks.
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         for library, verbosity in verbosities:
             library.set_verbosity(verbosity)
         if had_bars:

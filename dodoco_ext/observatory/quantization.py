@@ -92,6 +92,16 @@ def config_of(name: str) -> Any:
     return METHODS[name].config()
 
 
+def quantised_weights(model: Any) -> int:
+    """Weights that a library replaced by its own kind of parameter.
+
+    A library passes over layers whose sizes it does not take, without a word.
+    """
+    from torch.nn import Parameter
+
+    return sum(type(parameter) is not Parameter for parameter in model.parameters())
+
+
 def described(config: Any) -> str:
     """What a model's configuration says of its quantisation; "" if it has none."""
     found = getattr(config, "quantization_config", None)

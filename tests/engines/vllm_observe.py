@@ -13,7 +13,8 @@ import sys
 from dodoco_ext.errors import DodocoError
 from dodoco_ext.observatory import observe
 from dodoco_ext.observatory.conditions import Shape
-from dodoco_ext.observatory.models import Loading, load_model
+from dodoco_ext.observatory.loading import Loading
+from dodoco_ext.observatory.models import load_model
 
 
 def main(checkpoint: str, sources: str, batch: str, length: str, passes: str, first: str) -> None:

@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(404, "text/plain; charset=utf-8", b"/metrics and /healthz are here\n")
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
     def _send(self, code: int, content_type: str, body: bytes) -> None:
         with contextlib.suppress(ConnectionError):  # a client that did not wait

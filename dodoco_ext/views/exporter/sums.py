@@ -73,8 +73,8 @@ class Sums:
     def received(self, key: Key, layer: str) -> dict[int, int]:
         """Assignments that each rank of a group received, experts placed in equal contiguous runs.
 
-        Empty where nothing was counted, or that cannot be known: no group is named, a rank of it was never
-        seen, the ranks do not divide the experts, or the physical map has changed.
+        Empty where nothing was counted, or that cannot be known: no group is named, a rank of it was
+        never seen, the ranks do not divide the experts, or the physical map has changed.
         """
         group = self.groups[key]
         if group.ranks is None or not group.seen.issuperset(group.ranks):
@@ -132,7 +132,5 @@ def _more(now: Counts, before: Counts | None) -> Counts:
     """What was added; never below zero, whatever a damaged file says."""
     if before is None:
         return now
-    grown: Counts = now - before
-    if int(grown.max(initial=0)) >> 63:
-        grown[now < before] = 0
+    grown: Counts = np.where(now > before, now - before, 0).astype(np.uint64)
     return grown
