@@ -363,13 +363,21 @@ class Reader:
             return read_traffic(self._file, len(self._layers), self.group)
 
     def last_ns(self) -> int:
-        """When the last pass or transfer was counted, Unix nanoseconds; 0: none was."""
-        lanes, layers = range(self._file.num_lanes), range(len(self._layers))
+        """When the last pass was counted, Unix nanoseconds; 0: none was.
+
+        Of layers whose router is not observed, the last transfer.
+        """
+        lanes, layers = range(self._file.num_lanes), self.metadata["layers"]
+        unrouted = [isinstance(layer, dict) and layer.get("routed") is False for layer in layers]
+        ends = [0]
         with _readable():
-            ends = [int(self._file.board(n, i)[0][_LAST_PASS]) for n in lanes for i in layers]
-            if self.group is not None:
-                blocks = range(2 * len(self._layers))
-                ends += [int(self._file.traffic(n, b)[0][_LAST_END]) for n in lanes for b in blocks]
+            for lane in lanes:
+                for index, blind in enumerate(unrouted):
+                    if not blind:
+                        ends.append(int(self._file.board(lane, index)[0][_LAST_PASS]))
+                    elif self.group is not None:
+                        blocks = (2 * index, 2 * index + 1)
+                        ends += [int(self._file.traffic(lane, b)[0][_LAST_END]) for b in blocks]
         header = self.header
         offset = int(header["created_unix_ns"]) - int(header["created_monotonic_ns"])
         return max(ends) + offset if max(ends) else 0

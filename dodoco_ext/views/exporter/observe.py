@@ -12,7 +12,7 @@ from pathlib import Path
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import run_of
 from dodoco_ext.recording import ROUTE, Reader, Snapshot
-from dodoco_ext.sources import find
+from dodoco_ext.sources import Listed, find
 from dodoco_ext.transfers import Group, TrafficTotals
 from dodoco_ext.views.exporter.identity import Identity, identity_of, layer_labels
 from dodoco_ext.views.summary import fault_name, uncovered_of
@@ -92,6 +92,17 @@ class Look:
     problem: str = ""
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A recording that may be exposed."""
+
+    identity: Identity
+    reader: Reader
+    state: str
+    uuid: str
+    created_ns: int
+
+
 class Observer:
     """Looks for recordings, again and again; they come and go.
 
@@ -119,55 +130,60 @@ class Observer:
     def look(self) -> Look:
         """Looks now."""
         now = self._clock()
-        problem = ""
-        try:
-            listed = find(self.folders)
-        except RecordingError as error:
-            listed, problem = [], str(error)
-        if problem != self._complaint and problem:
-            log.warning("%s", problem)
-        self._complaint = problem
+        listed, problem = self._listed()
         states: Counter[str] = Counter(dict.fromkeys(STATES, 0))
-        candidates: dict[Identity, list[tuple[bool, int, str, str, Reader]]] = {}
-        present: dict[str, tuple[str, Reader]] = {}
-        for found in listed:
-            if found.reader is None:
-                states["unreadable"] += 1
-                continue
-            reader, state = found.reader, found.state
+        rivals: dict[Identity, list[_Found]] = {}
+        present: dict[str, _Found] = {}
+        for each in listed:
             try:
-                identity, created = identity_of(reader), int(reader.header["created_unix_ns"])
-                if state == "live":
-                    self._alive_ns[reader.uuid] = now
-                elif self._ended_ns(reader, state, created) + self.keep_s * 1e9 < now:
-                    states[state] += 1
-                    continue
-            except RecordingError:  # truncated since it was listed
+                found = self._fresh(each, now)
+            except RecordingError:  # or truncated since it was listed
                 states["unreadable"] += 1
                 continue
-            present[reader.uuid] = (state, reader)
-            rank = (state == "live", created, reader.uuid, state, reader)
-            candidates.setdefault(identity, []).append(rank)
+            if found is None:
+                states[each.state] += 1
+                continue
+            present[found.uuid] = found
+            rivals.setdefault(found.identity, []).append(found)
         shown = []
-        for identity, rivals in sorted(candidates.items()):
-            *others, (_, _, uuid, state, reader) = sorted(rivals, key=lambda each: each[:3])
-            states["shadowed"] += len(others)
-            observed = self._observe(identity, reader, state, uuid)
-            if observed is None:
-                states["unreadable"] += 1
-                continue
-            states[state] += 1
-            shown.append(observed)
+        for _, group in sorted(rivals.items()):
+            first = max(
+                group, key=lambda found: (found.state == "live", found.created_ns, found.uuid)
+            )
+            states["shadowed"] += len(group) - 1
+            observed = self._observe(first)
+            states["unreadable" if observed is None else first.state] += 1
+            if observed is not None:
+                shown.append(observed)
         chosen = {each.uuid for each in shown}
-        ended = [
-            last
-            for uuid, before in self._known.items()
-            if uuid not in chosen and before.up and uuid in present
-            if (last := self._last_of(before, *present[uuid])) is not None
-        ]
+        before = [u for u, e in self._known.items() if e.up and u in present and u not in chosen]
+        ended = [last for uuid in before if (last := self._observe(present[uuid])) is not None]
         self._known = {each.uuid: each for each in (*shown, *(e for e in ended if e.up))}
         self._alive_ns = {u: t for u, t in self._alive_ns.items() if u in present}
         return Look(now, tuple(shown), tuple(ended), dict(states), problem)
+
+    def _listed(self) -> tuple[list[Listed], str]:
+        """What is in the folders, or why that cannot be known."""
+        try:
+            listed, problem = find(self.folders), ""
+        except RecordingError as error:
+            listed, problem = [], str(error)
+        if problem and problem != self._complaint:
+            log.warning("%s", problem)
+        self._complaint = problem
+        return listed, problem
+
+    def _fresh(self, listed: Listed, now: int) -> _Found | None:
+        """A recording that lives, or ended not long ago."""
+        reader, state = listed.reader, listed.state
+        if reader is None:
+            raise RecordingError(listed.problem, state)
+        created = int(reader.header["created_unix_ns"])
+        if state == "live":
+            self._alive_ns[reader.uuid] = now
+        elif self._ended_ns(reader, state, created) + self.keep_s * 1e9 < now:
+            return None
+        return _Found(identity_of(reader), reader, state, reader.uuid, created)
 
     def _ended_ns(self, reader: Reader, state: str, created: int) -> int:
         if state == "closed":
@@ -178,17 +194,12 @@ class Observer:
             created = max(created, reader.last_ns())
         return max(created, self._alive_ns.get(reader.uuid, 0))
 
-    def _last_of(self, before: Observed, state: str, reader: Reader) -> Observed | None:
-        return self._observe(before.identity, reader, state, before.uuid)
-
-    def _observe(
-        self, identity: Identity, reader: Reader, state: str, uuid: str
-    ) -> Observed | None:
-        before = self._known.get(uuid)
-        if before is not None and not before.up and before.state == state:
+    def _observe(self, found: _Found) -> Observed | None:
+        before = self._known.get(found.uuid)
+        if before is not None and not before.up and before.state == found.state:
             return before  # nobody writes to it any more
         try:
-            return _observed(identity, reader, state, before)
+            return _observed(found.identity, found.reader, found.state, before)
         except RecordingError as error:
             log.warning("%s", error)
             return None

@@ -6,6 +6,7 @@ every scrape, which is most of the time that a scrape takes; here the text of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 from prometheus_client import CollectorRegistry
@@ -13,6 +14,7 @@ from prometheus_client.utils import floatToGoString
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+_number: Callable[[float], str] = floatToGoString
 _NAMES = {"counter": ("{}_total", "counter"), "info": ("{}_info", "gauge")}
 
 
@@ -26,7 +28,7 @@ def render(registry: CollectorRegistry) -> bytes:
         lines.append(f"# HELP {name} {text}\n# TYPE {name} {kind}\n")
         for sample in family.samples:
             series = _series(sample.name, tuple(sample.labels.items()))
-            lines.append(f"{series} {floatToGoString(sample.value)}\n")
+            lines.append(f"{series} {_number(sample.value)}\n")
     return "".join(lines).encode()
 
 

@@ -69,7 +69,7 @@ METRICS = (
     ),
     Metric(
         "last_pass_timestamp_seconds", "gauge", "seconds", RANK,
-        "Unix time of the last pass or transfer that a rank counted.",
+        "Unix time of the last pass that a rank counted; where no router is observed, of the last transfer.",
     ),
     Metric(
         "tokens_total", "counter", "tokens", (*RANK, "layer"),
