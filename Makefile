@@ -55,8 +55,9 @@ check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 list-checks:
 	@echo $(CHECKS)
 
-engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed ## tests against real engines
-	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" $(BIN)/pytest -rs tests/engines
+engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/megatron/.installed ## tests against real engines
+	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" MEGATRON_HOME="$(CURDIR)/build/megatron" \
+	  MEGATRON_WHEELS="$(CURDIR)/build/megatron/wheels" $(BIN)/pytest -rs tests/engines
 
 
 mutants: $(STAMPS)/package $(STAMPS)/dev ## damaged copies of the recorder, each of which the tests must find
@@ -279,4 +280,18 @@ build/vllm/.installed: $(TORCH_STAMP)
 	@rm -rf build/vllm && $(PYTHON) -m venv build/vllm
 	@build/vllm/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) $(VLLM)
 	@build/vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+# Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.
+# Its own dependencies are torch and numpy; the rest is TensorBoard, as far as torch's writer needs it.
+# The wheel of another release, for another Python, is only read (tests/engines/test_megatron_contract.py).
+MEGATRON ?= megatron-core==0.16.1
+MEGATRON_CHECKED ?= megatron-core==0.19.0
+build/megatron/.installed: $(TORCH_STAMP) constraints.txt
+	@echo "installing $(MEGATRON) into build/megatron (once)"
+	@rm -rf build/megatron && mkdir -p build/megatron/wheels
+	@$(PIP) --no-deps --target build/megatron $(MEGATRON) tensorboard protobuf absl-py
+	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps -d build/megatron/wheels $(MEGATRON)
+	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: --python-version 3.12 \
+	  -d build/megatron/wheels $(MEGATRON_CHECKED) || echo "no wheel of $(MEGATRON_CHECKED): its names are not checked"
 	@touch $@

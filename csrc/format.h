@@ -56,9 +56,9 @@ enum class Fault : std::uint32_t {
   kUnsupportedDevice = 4,
   kCopiedSite = 5,
   kInternal = 6,
-  kNoDevice = 7,     // the device could not be set up: its layers are not recorded
-  kNoLane = 8,       // more streams at the same time than lanes
-  kDeviceError = 9,  // a launch was refused
+  kNoDevice = 7,       // the device could not be set up: its layers are not recorded
+  kNoLane = 8,         // more streams at the same time than lanes
+  kDeviceError = 9,    // a launch was refused
   kUnattributed = 10,  // an AlltoAll that fits no layer or no forward one
 };
 

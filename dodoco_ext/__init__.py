@@ -51,11 +51,19 @@ def __getattr__(name: str) -> Any:
                 f"no compiled module in {__path__[0]}: if that is a checkout of the sources, run "
                 "from another folder; else install dodoco-ext again"
             ) from None
+    if name == "megatron":
+        return _imported("dodoco_ext.megatron", name)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _HOMES[name]
+    value = getattr(_imported(module, name), attribute)
+    globals()[name] = value
+    return value
+
+
+def _imported(module: str, name: str) -> Any:
     try:
-        value = getattr(import_module(module), attribute)
+        return import_module(module)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -64,8 +72,6 @@ def __getattr__(name: str) -> Any:
             "your machine (https://pytorch.org)",
             name="torch",
         ) from None
-    globals()[name] = value
-    return value
 
 
 def __dir__() -> list[str]:

@@ -29,11 +29,22 @@ log = logging.getLogger("dodoco")
 _SITE = "_dodoco_site"
 _probes: set[Callable[..., None]] = set()
 _forwards: set[Callable[..., Any]] = set()
-_OPS = {
+_OPS: dict[str, tuple[Callable[..., bool], Callable[..., None]]] = {
     "ids": (ops.direct_ids, ops.route_ids),
     "map": (ops.direct_map, ops.route_map),
     "bits": (ops.direct_bits, ops.route_bits),
 }
+
+
+def _form_of(decision: torch.Tensor) -> str:
+    return {torch.bool: "map", torch.uint8: "bits"}.get(decision.dtype, "ids")
+
+
+# A router whose form may change from call to call: the dtype tells.
+_OPS["auto"] = (
+    lambda decision, site: _OPS[_form_of(decision)][0](decision, site),
+    lambda decision, site: _OPS[_form_of(decision)][1](decision, site),
+)
 
 
 @cache
@@ -96,7 +107,8 @@ class Attachment:
         uncovered: Parts of the model that route and are not observed, with the reason.
     """
 
-    def __init__(self, routers: Sequence[Router], recorder: Recorder) -> None:
+    def __init__(self, routers: Sequence[Router | None], recorder: Recorder) -> None:
+        # One a layer of the recording; None: its router is not observed.
         self.path: Path = recorder.path
         self.layers = recorder.layers
         refused = recorder.refused
@@ -105,7 +117,7 @@ class Attachment:
             *(
                 Uncovered(r.name, refused[p])
                 for r in routers
-                if (p := _place_of(r.module)) in refused
+                if r is not None and (p := place_of(r.module)) in refused
             ),
         )
         self._recorder = recorder
@@ -117,14 +129,15 @@ class Attachment:
         self._thread = threading.local()
         try:
             for index, router in enumerate(routers):
-                self._install(index, router)
+                if router is not None:
+                    self._install(index, router)
         except BaseException:
             self.detach()
             raise
 
     def _install(self, index: int, router: Router) -> None:
         module = router.module
-        place = _place_of(module)
+        place = place_of(module)
         if place in self._recorder.refused:
             return
         site = ops.make_site(self._recorder, index, place)
@@ -301,15 +314,12 @@ def attach(
     """
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"attach() takes a torch.nn.Module, not {type(model).__name__}")
-    for name, module in model.named_modules():
-        if ops.is_bound(module.__dict__.get(_SITE)):
-            raise InputError(f"{name or 'the model'} is already attached to: detach() that first")
-        _remove_copied_probe(module)
+    claim(model)
     found = find_routers(model)
     uncovered = list(found.uncovered)
     routers = []
     for router in found.routers:
-        if reason := _why_not(router):
+        if reason := why_not(router):
             uncovered.append(Uncovered(router.name, reason))
         else:
             routers.append(router)
@@ -318,7 +328,7 @@ def attach(
     for part in uncovered:
         log.warning("not observed: %s: %s", part.name, part.reason)
     layers = [LayerSpec(router.name, router.num_experts, router.top_k) for router in routers]
-    places = [_place_of(router.module) for router in routers]
+    places = [place_of(router.module) for router in routers]
     recorder = Recorder(
         layers,
         uncovered=uncovered,
@@ -330,9 +340,21 @@ def attach(
         settings=settings,
     )
     attachment = Attachment(routers, recorder)
-    _forget_compiled_code()
+    forget_compiled_code()
     log.info("recording %d layers to %s", len(layers), recorder.path)
     return attachment
+
+
+def claim(model: torch.nn.Module) -> None:
+    """Makes sure that nothing in a model is attached to, and that no probe was copied with it.
+
+    Raises:
+        InputError: Something is.
+    """
+    for name, module in model.named_modules():
+        if ops.is_bound(module.__dict__.get(_SITE)):
+            raise InputError(f"{name or 'the model'} is already attached to: detach() that first")
+        _remove_copied_probe(module)
 
 
 def _remove_copied_probe(module: torch.nn.Module) -> None:
@@ -352,7 +374,7 @@ def _device_of(module: torch.nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _place_of(module: torch.nn.Module) -> str:
+def place_of(module: torch.nn.Module) -> str:
     """`cpu`, or `cuda:N`. What is on no device yet runs on the host."""
     device = _device_of(module)
     if device.type != "cuda":
@@ -360,7 +382,7 @@ def _place_of(module: torch.nn.Module) -> str:
     return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
 
 
-def _why_not(router: Router) -> str:
+def why_not(router: Router) -> str:
     """Why a router cannot be observed where it is; "" if it can."""
     device = _device_of(router.module)
     if device.type in ("cpu", "meta"):
@@ -384,7 +406,7 @@ def _nothing_found(model: torch.nn.Module, uncovered: list[Uncovered]) -> str:
     )
 
 
-def _forget_compiled_code() -> None:
+def forget_compiled_code() -> None:
     """Code compiled before the probes were there would run on without them, and record nothing."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None or getattr(dynamo.convert_frame, "FRAME_COUNTER", 1) == 0:

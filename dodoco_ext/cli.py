@@ -28,6 +28,18 @@ LAZY = {
         "dodoco_ext.observatory.command:observe",
         "Run a model over mock and real data, and compare its routing.",
     ),
+    "top": (
+        "dodoco_ext.views.top.command:top",
+        "Watch expert balance live: all layers of a run or a recording.",
+    ),
+    "metrics": (
+        "dodoco_ext.views.exporter.command:metrics",
+        "Export recordings to Prometheus.",
+    ),
+    "template": (
+        "dodoco_ext.views.template:template",
+        "Print a dashboard, alert rules, or a deployment.",
+    ),
 }
 
 
@@ -67,6 +79,7 @@ class LazyGroup(click.Group):
     "  dodoco show                       list the recordings\n"
     "  dodoco show --latest --ep 8       summarise the latest, folded into 8 ranks\n"
     "  dodoco show my-run --fleet        all ranks of a run as one\n"
+    "  dodoco top                        watch the latest run\n"
     "  dodoco doctor                     what works here, and what does not, and why\n"
     "\b\nExit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.",
 )

@@ -47,7 +47,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Owner:
+class Owner:
     """What is known of who recorded, also when the file is not readable any more."""
 
     uuid: str
@@ -57,12 +57,14 @@ class _Owner:
     program: str
 
     @classmethod
-    def of(cls, reader: Reader) -> _Owner:
+    def of(cls, reader: Reader) -> Owner:
+        """The owner of a recording."""
         program = str(reader.metadata.get("program"))
         rank = int(reader.header["rank"])
         return cls(reader.uuid, reader.path.parent, rank, run_of(reader), program)
 
-    def is_followed_by(self, later: _Owner) -> bool:
+    def is_followed_by(self, later: Owner) -> bool:
+        """Whether a recording that began later is of this owner, restarted."""
         if later.uuid == self.uuid or later.rank != self.rank:
             return False
         if is_named(self.run):
@@ -114,7 +116,7 @@ def _follow(
 ) -> Iterator[Batch]:
     reader = _first(source, interval, stop)
     while reader is not None:
-        owner = _Owner.of(reader)
+        owner = Owner.of(reader)
         ended_ns = yield from _to_the_end(reader, interval, stop)
         if not restarts or stop.is_set():
             return
@@ -169,7 +171,7 @@ def _to_the_end(
 
 
 def _successor(
-    owner: _Owner, ended_ns: int, interval: float, stop: threading.Event
+    owner: Owner, ended_ns: int, interval: float, stop: threading.Event
 ) -> Reader | None:
     refused: set[Path] = set()
     while True:
@@ -179,7 +181,7 @@ def _successor(
                 continue
             try:
                 reader = Reader(path)
-                began_ns, other = int(reader.header["created_unix_ns"]), _Owner.of(reader)
+                began_ns, other = int(reader.header["created_unix_ns"]), Owner.of(reader)
             except RecordingError:
                 continue  # perhaps still being created: looked at again
             if began_ns >= ended_ns and owner.is_followed_by(other):

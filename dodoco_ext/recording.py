@@ -56,6 +56,8 @@ RECORD_DTYPE = np.dtype(
     ]
 )
 ROUTE = 1
+# Words that are times: kLastPassMonotonicNs of a board's block, kLastEndMonotonicNs of a traffic block.
+_LAST_PASS, _LAST_END = 8, 10
 COUNTERS = (
     "passes",
     "tokens",
@@ -359,6 +361,18 @@ class Reader:
         """The exact totals of all transfers, one entry for every layer and type."""
         with _readable():
             return read_traffic(self._file, len(self._layers), self.group)
+
+    def last_ns(self) -> int:
+        """When the last pass or transfer was counted, Unix nanoseconds; 0: none was."""
+        lanes, layers = range(self._file.num_lanes), range(len(self._layers))
+        with _readable():
+            ends = [int(self._file.board(n, i)[0][_LAST_PASS]) for n in lanes for i in layers]
+            if self.group is not None:
+                blocks = range(2 * len(self._layers))
+                ends += [int(self._file.traffic(n, b)[0][_LAST_END]) for n in lanes for b in blocks]
+        header = self.header
+        offset = int(header["created_unix_ns"]) - int(header["created_monotonic_ns"])
+        return max(ends) + offset if max(ends) else 0
 
     def records(self) -> NDArray[np.void]:
         """All ROUTE records that the ring still holds, oldest first, dtype `RECORD_DTYPE`."""

@@ -45,7 +45,7 @@ def find(directories: tuple[Path, ...] | None = None) -> list[Listed]:
     refusals: list[RecordingError] = []
     for directory in directories or Settings.from_environment().reading_directories():
         try:
-            paths = _files_in(directory)
+            paths = files_in(directory)
         except RecordingError as error:
             refusals.append(error)
             continue
@@ -68,7 +68,12 @@ def find(directories: tuple[Path, ...] | None = None) -> list[Listed]:
     return listed
 
 
-def _files_in(directory: Path) -> list[Path]:
+def files_in(directory: Path) -> list[Path]:
+    """The files in a folder that are named as recordings; none where there is no such folder.
+
+    Raises:
+        RecordingError: The folder may not be listed by this user.
+    """
     try:
         # Not glob(): to it, a folder that may not be listed is an empty one.
         return [path for path in directory.iterdir() if path.name.endswith(SUFFIX)]

@@ -384,7 +384,7 @@ class TestDeepEP:
 
     @pytest.mark.parametrize("parts", [6, 10])
     def test_rows_from_each_rank_come_from_prefix_sums(self, parts: int) -> None:
-        from dodoco_ext.integrations.deepep import _received
+        from dodoco_ext.integrations.deepep import received
 
         matrix = torch.tensor([[1, 2], [0, 4]], dtype=torch.int32)
         handle: list[Any] = [None] * parts
@@ -392,7 +392,7 @@ class TestDeepEP:
             handle[0] = matrix.cumsum(0)
         else:
             handle[6] = matrix.cumsum(0)[:, 1]
-        assert _received(tuple(handle), 1).tolist() == [2, 4]
+        assert received(tuple(handle), 1).tolist() == [2, 4]
 
     def test_gradients_are_known_by_their_handle(self) -> None:
         buffer = deepep.Buffer(torch.tensor([[5]]), 0)

@@ -117,7 +117,7 @@ def test_versions_are_compared_by_their_numbers(version: str, older: bool) -> No
 def test_the_packages_are_those_of_the_extras() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     wanted = {}
-    for extra in set(extras) - {"dev", "top"}:  # top needs what the base install has
+    for extra in set(extras) - {"dev"}:
         for requirement in extras[extra]:
             name, _, minimum = requirement.partition(">=")
             wanted[name] = (extra, tuple(map(int, minimum.split("."))) if minimum else ())

@@ -13,7 +13,7 @@ import planted
 
 HEAVY = {
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets"),
-    *("pandas", "pyarrow", "matplotlib", "jinja2", "scipy", "prometheus_client"),
+    *("pandas", "pyarrow", "matplotlib", "jinja2", "scipy", "prometheus_client", "textual"),
 }
 OURS = {
     "dodoco_ext.attachment",
@@ -28,6 +28,7 @@ COMMANDS = {
     "show": ["show"],
     "show --json": ["show", "--json"],
     "show --list": ["show", "--list", "."],
+    "top --help": ["top", "--help"],
     "--help": ["--help"],
     "--version": ["--version"],
 }

@@ -182,7 +182,7 @@ class BufferProbe:
             receive = self._sent[handle[-1]].receive
         else:
             handle = result[4]
-            receive = _received(handle, self._buffer.rank)
+            receive = received(handle, self._buffer.rank)
         self._end(call, transfer, send, receive)
         if not call.backward:
             self._sent[handle[-1]] = _Sent(call, send, receive)
@@ -267,7 +267,7 @@ def _width(rows: torch.Tensor) -> int:
     return rows.element_size() * rows.shape[-1]
 
 
-def _received(handle: tuple[Any, ...], rank: int) -> torch.Tensor:
+def received(handle: tuple[Any, ...], rank: int) -> torch.Tensor:
     """Rows from each rank, [R], out of the prefix sums that a dispatch's handle holds.
 
     Two small kernels in the current stream, and no look at what they compute.

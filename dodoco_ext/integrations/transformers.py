@@ -60,7 +60,8 @@ class Router:
         hook: "forward" or "forward_pre".
         extract: ``extract(module, args, output)`` gives ids ``[..., top_k]`` or a bool map
             ``[..., num_experts]``; ``output`` is None for "forward_pre".
-        form: "ids" or "map".
+        form: "ids" or "map"; "auto" where it may change from call to call and the dtype tells: bool and ids
+            as before, uint8 a map of bits.
         num_experts: Number of classes the router chooses among, zero and skip experts included.
         top_k: Choices per token; 0 if unknown.
     """

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 Extract = Callable[[torch.nn.Module, tuple[Any, ...], Any], torch.Tensor]
-Form = Literal["ids", "map"]
+Form = Literal["ids", "map", "auto"]
 Hook = Literal["forward", "forward_pre"]
 
 IDS_NAMES = frozenset(

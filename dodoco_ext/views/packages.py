@@ -44,6 +44,7 @@ PACKAGES = (
     Package("jinja2", (3, 1), "the report of `dodoco observe`", "report"),
     Package("pyarrow", (16,), "Snapshot.to_arrow(), traces", "trace"),
     Package("pandas", (2, 2), "Snapshot.to_pandas(), traces", "trace"),
+    Package("textual", (8,), "`dodoco top`; its --once needs none", "top"),
     Package("prometheus-client", (0, 20), "metrics for Prometheus", "prometheus"),
 )
 

@@ -1,0 +1,1 @@
+"""`dodoco top`: a live view over the recordings there are."""
