@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo zoo test kernel check list-checks engines mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -40,7 +40,7 @@ demo: $(STAMPS)/package ## observe five small trained MoE models under six kinds
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
 test: $(STAMPS)/package $(STAMPS)/dev ## all tests but those below (at most 10 minutes, install included)
-	$(BIN)/pytest tests $(addprefix --ignore=,tests/engines tests/mutants tests/gates $(KERNEL_TESTS))
+	$(BIN)/pytest tests $(addprefix --ignore=,tests/engines tests/serving tests/mutants tests/gates $(KERNEL_TESTS))
 
 # Minutes in Triton's interpreter, which is slow.
 KERNEL_TESTS := tests/test_triton_route_stats.py tests/test_kernel_mutants.py $(wildcard tests/test_gpu_*.py)
@@ -59,6 +59,11 @@ engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/megatron/.i
 	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" MEGATRON_HOME="$(CURDIR)/build/megatron" \
 	  MEGATRON_WHEELS="$(CURDIR)/build/megatron/wheels" $(BIN)/pytest -rs tests/engines
 
+
+serving: $(STAMPS)/package $(STAMPS)/dev ## a real Prometheus against the exporter, the dashboard and the alert rules
+	@for tool in prometheus promtool; do command -v $$tool > /dev/null \
+	  || { echo "serving: $$tool is missing (Debian, Ubuntu: apt-get install prometheus)"; exit 1; }; done
+	$(BIN)/pytest -rs tests/serving
 
 mutants: $(STAMPS)/package $(STAMPS)/dev ## damaged copies of the recorder, each of which the tests must find
 	$(BIN)/pytest tests/mutants
@@ -196,7 +201,7 @@ echo "$$("$$python" --version): wheel and tests of the reading side in $$env, wi
 rm -rf "$$env" && "$$python" -m venv "$$env"
 mkdir "$$env/source" && cp -r setup.py pyproject.toml README.md LICENSE csrc dodoco_ext triton_kernels "$$env/source"
 pip=("$$env/bin/python" -m pip --disable-pip-version-check)
-"$${pip[@]}" install -qq -c constraints.txt -r <("$$env/bin/python" -c "$$REQUIREMENTS") hypothesis pytest pytest-timeout
+"$${pip[@]}" install -qq -c constraints.txt -r <("$$env/bin/python" -c "$$REQUIREMENTS" prometheus) hypothesis pytest pytest-timeout
 "$${pip[@]}" wheel -qq --no-build-isolation --no-deps -w "$$env/wheel" "$$env/source"
 "$${pip[@]}" install -qq --no-deps "$$env"/wheel/*.whl
 "$$env/bin/python" -m pytest -q -rs -p no:cacheprovider $$("$$env/bin/python" tests/reader_side.py)

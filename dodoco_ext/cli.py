@@ -32,6 +32,14 @@ LAZY = {
         "dodoco_ext.views.top.command:top",
         "Watch expert balance live: all layers of a run or a recording.",
     ),
+    "metrics": (
+        "dodoco_ext.views.exporter.command:metrics",
+        "Export recordings to Prometheus.",
+    ),
+    "template": (
+        "dodoco_ext.views.template:template",
+        "Print a dashboard, alert rules, or a deployment.",
+    ),
 }
 
 

@@ -56,6 +56,8 @@ RECORD_DTYPE = np.dtype(
     ]
 )
 ROUTE = 1
+# Words that are times: kLastPassMonotonicNs of a board's block, kLastEndMonotonicNs of a traffic block.
+_LAST_PASS, _LAST_END = 8, 10
 COUNTERS = (
     "passes",
     "tokens",
@@ -359,6 +361,26 @@ class Reader:
         """The exact totals of all transfers, one entry for every layer and type."""
         with _readable():
             return read_traffic(self._file, len(self._layers), self.group)
+
+    def last_ns(self) -> int:
+        """When the last pass was counted, Unix nanoseconds; 0: none was.
+
+        Of layers whose router is not observed, the last transfer.
+        """
+        lanes, layers = range(self._file.num_lanes), self.metadata["layers"]
+        unrouted = [isinstance(layer, dict) and layer.get("routed") is False for layer in layers]
+        ends = [0]
+        with _readable():
+            for lane in lanes:
+                for index, blind in enumerate(unrouted):
+                    if not blind:
+                        ends.append(int(self._file.board(lane, index)[0][_LAST_PASS]))
+                    elif self.group is not None:
+                        blocks = (2 * index, 2 * index + 1)
+                        ends += [int(self._file.traffic(lane, b)[0][_LAST_END]) for b in blocks]
+        header = self.header
+        offset = int(header["created_unix_ns"]) - int(header["created_monotonic_ns"])
+        return max(ends) + offset if max(ends) else 0
 
     def records(self) -> NDArray[np.void]:
         """All ROUTE records that the ring still holds, oldest first, dtype `RECORD_DTYPE`."""

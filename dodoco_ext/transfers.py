@@ -207,14 +207,16 @@ def read_traffic(
     totals = []
     for block in range(2 * num_layers):
         parts = [file.traffic(lane, block) for lane in range(file.num_lanes)]
-        words: NDArray[np.uint64] = np.stack([words for words, _ in parts]).sum(axis=0)
-        rows = words[_C.TRAFFIC_WORDS :]
+        words = parts[0][0]
+        for more, _ in parts[1:]:
+            words = words + more
+        rows, scalars = words[_C.TRAFFIC_WORDS :], words[: _C.TRAFFIC_WORDS].tolist()
         size = len(group.ranks)
         totals.append(
             TrafficTotals(
                 layer=block // 2,
                 op=DISPATCH + block % 2,
-                **{name: int(words[_FIRST_SCALAR + i]) for i, name in enumerate(_SCALARS)},
+                **{name: scalars[_FIRST_SCALAR + i] for i, name in enumerate(_SCALARS)},
                 sent=rows[:size].copy(),
                 received=rows[size : 2 * size].copy(),
                 in_flight=not all(consistent for _, consistent in parts),

@@ -33,7 +33,7 @@ class TopKRouter(torch.nn.Module):
         self.topk = config.moe_router_topk
         self.answer = torch.zeros(1, EXPERTS, dtype=torch.bool)
 
-    def forward(self, input: Any, padding_mask: Any = None) -> Any:  # noqa: A002
+    def forward(self, input: Any, padding_mask: Any = None) -> Any:
         return input, self.answer
 
 

@@ -46,9 +46,7 @@ class Rows(NamedTuple):
             bytes_per_row: Bytes of a row of those; by default `bytes_back`.
         """
         width = self.bytes_back if bytes_per_row is None else bytes_per_row
-        return Rows(
-            self.receive, self.send, None, width, self.unit, self.timed, self.device, width
-        )
+        return Rows(self.receive, self.send, None, width, self.unit, self.timed, self.device, width)
 
 
 class Counts(Protocol):

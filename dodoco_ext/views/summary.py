@@ -250,7 +250,7 @@ def summarise(
         ),
         uncovered=uncovered_of(reader),
         num_faults=reader.header["num_faults"],
-        last_fault=_fault_name(fault) if fault else None,
+        last_fault=fault_name(fault) if fault else None,
         unrouted=unrouted([reader]),
         group=reader.group,
     )
@@ -308,7 +308,8 @@ def _span_s(records: NDArray[np.void]) -> float:
     return float(int(times.max()) - int(times.min())) / 1e9 if len(times) else 0.0
 
 
-def _fault_name(code: int) -> str:
+def fault_name(code: int) -> str:
+    """The name of a telemetry fault, also where this version does not know it."""
     try:
         return _C.Fault(code).name
     except ValueError:

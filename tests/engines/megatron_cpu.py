@@ -51,15 +51,15 @@ def _on_host(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 torch.zeros, torch.tensor = _on_host(torch.zeros), _on_host(torch.tensor)
 
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import (  # noqa: E402
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
-from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 def _moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

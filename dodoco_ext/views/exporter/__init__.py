@@ -1,0 +1,1 @@
+"""`dodoco metrics`: recordings as metrics for Prometheus; see docs/prometheus.md."""
