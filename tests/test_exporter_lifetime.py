@@ -198,6 +198,9 @@ def test_waiting_is_absent_where_a_rank_is_not_seen_or_nobody_asked() -> None:
     assert scraped(watched).of("alltoall_wait_seconds_total")
     assert scraped(unwatched).of("alltoall_seconds_total")
     assert scraped(unwatched).of("alltoall_wait_seconds_total") == {}
+    received = scraped(watched).of("received_assignments_total")
+    assert received
+    assert scraped(unwatched).of("received_assignments_total") == received
     ranks.pop().path.unlink()
     alone = State()
     alone.update()
