@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -204,7 +205,7 @@ class StreamedModel:
             dtype_plan=self.model._get_dtype_plan(self._dtype),
             weight_mapping=self._mapping,
         )
-        with quiet(), self._checkpoint.open(keys) as tensors:
+        with quiet(), _one_at_a_time(), self._checkpoint.open(keys) as tensors:
             found, _ = convert_and_load_state_dict_in_model(
                 model=self.model, state_dict=tensors, load_config=load_config
             )
@@ -272,6 +273,18 @@ class _Last(_Stub):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The next batch's hidden states."""
         return next(self._results)
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Keeps transformers from reading tensors ahead in threads: what they read is in memory at once."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name, "")
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ[name] = before  # empty means the same as absent
 
 
 def _decoder_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:

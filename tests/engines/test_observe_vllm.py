@@ -31,7 +31,7 @@ SOURCES = ["mock-uniform:embedding", "mock-repeat", "builtin:prose"]
 
 # Sizes that vLLM's CPU kernels of attention have; those of the shipped models are smaller.
 SIZES: dict[str, dict[str, Any]] = {
-    "gqa": {"head_dim": 32},
+    "gqa": {"head_dim": 32, "vocab_size": 520},  # more rows than the tokenizer has ids
     "mha": {"hidden_size": 128, "tie_word_embeddings": False},
     "mla": {
         "kv_lora_rank": 512,
