@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import dodoco_ext as dodoco
 from children import process, say
 from dodoco_ext.views.exporter.state import State
+from dodoco_ext.views.exporter.table import OPTIONS
 from exposed import Clock, scraped
 from served import Served, server, work
 
@@ -142,6 +144,31 @@ def test_a_recording_cut_while_it_is_exposed_is_unreadable_from_then_on() -> Non
     assert seen.by("state", "exporter_recordings")["unreadable"] == 1
 
 
+def test_damaged_recordings_are_exposed_or_counted_and_never_an_error() -> None:
+    ranks = server(2, max_bytes=1 << 17)
+    for seed in range(3):
+        work(ranks, seed=seed)
+    whole = [rank.path.read_bytes() for rank in ranks]
+    rng = random.Random(7)
+    for _ in range(60):
+        clock = Clock()
+        state = State(window_s=60, clock=clock)
+        for _ in range(3):  # so that there are windows
+            for rank, good in zip(ranks, whole, strict=True):
+                bad = bytearray(good)
+                for _ in range(rng.choice([1, 5, 50])):
+                    place = rng.choice([rng.randrange(len(bad) - 8), rng.randrange(4096, 20_000)])
+                    bad[place : place + 8] = rng.choice(
+                        [rng.randbytes(8), b"\xff" * 8, b"\0" * 8, b"\xff" * 7 + b"\x7f"]
+                    )
+                rank.path.write_bytes(bad)
+            seen = scraped(state, *OPTIONS)
+            states = seen.by("state", "exporter_recordings")
+            assert sum(states.values()) == 2
+            assert len(seen.of("recorder_up")) == states["live"]
+            clock.pass_by(60)
+
+
 def test_layers_of_one_name_and_different_experts_are_not_summed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -198,6 +225,9 @@ def test_waiting_is_absent_where_a_rank_is_not_seen_or_nobody_asked() -> None:
     assert scraped(watched).of("alltoall_wait_seconds_total")
     assert scraped(unwatched).of("alltoall_seconds_total")
     assert scraped(unwatched).of("alltoall_wait_seconds_total") == {}
+    received = scraped(watched).of("received_assignments_total")
+    assert received
+    assert scraped(unwatched).of("received_assignments_total") == received
     ranks.pop().path.unlink()
     alone = State()
     alone.update()

@@ -120,6 +120,18 @@ def test_a_folder_that_may_not_be_listed_is_no_health(monkeypatch: pytest.Monkey
         assert get(f"{address}/healthz")[0] == 200
 
 
+def test_a_scrape_that_fails_is_an_error_to_prometheus_and_the_next_one_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = State()
+    with contextlib.closing(Server(("127.0.0.1", 0), registry_of(state), state)) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(State, "update", lambda _: 1 // 0)
+            code, _, body = get(served.url)
+        assert (code, body.startswith("ZeroDivisionError")) == (500, True)
+        assert get(served.url)[0] == 200
+
+
 def test_a_folder_that_is_not_there_yet_is_waited_for(tmp_path: Path) -> None:
     folder = tmp_path / "later"
     with exporter(str(folder)) as (_, address):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -17,7 +18,10 @@ from dodoco_ext.errors import DodocoError, InputError
 from dodoco_ext.views.exporter.render import CONTENT_TYPE, render
 from dodoco_ext.views.exporter.state import State
 
+log = logging.getLogger("dodoco")
+
 TEXTFILE = "dodoco.prom"
+TEXT = "text/plain; charset=utf-8"
 _TIMEOUT_S = 10.0  # for a client that does not say what it wants
 
 
@@ -87,13 +91,18 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
-            self._send(200, CONTENT_TYPE, render(self.server.registry))
+            try:
+                code, kind, body = 200, CONTENT_TYPE, render(self.server.registry)
+            except Exception as error:  # seen by Prometheus as a scrape that failed
+                log.exception("a scrape failed")
+                code, kind, body = 500, TEXT, f"{type(error).__name__}: {error}\n".encode()
+            self._send(code, kind, body)
         elif path == "/healthz":
             problem = self.server.state.problem()
             body = f"{problem or 'ok'}\n".encode("utf-8", "replace")
-            self._send(503 if problem else 200, "text/plain; charset=utf-8", body)
+            self._send(503 if problem else 200, TEXT, body)
         else:
-            self._send(404, "text/plain; charset=utf-8", b"/metrics and /healthz are here\n")
+            self._send(404, TEXT, b"/metrics and /healthz are here\n")
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 

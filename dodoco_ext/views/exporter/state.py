@@ -66,6 +66,8 @@ class State:
             self._placed = {}
             if self._reads_transfers:
                 self.waits.update(self.look.time_ns, self.look.shown)
+            else:
+                self.waits.look_up_units(self.look.shown)
             if self.windows.is_due(self.look.time_ns):
                 self.windows.end(self.look.time_ns, self.sums)
             return self.look

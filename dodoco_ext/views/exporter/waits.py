@@ -86,6 +86,21 @@ class Waits:
         self._pending = {k: v for k, v in self._pending.items() if any(u in there for u in v)}
         self._looked_ns = time_ns
 
+    def look_up_units(self, observed: Sequence[Observed]) -> None:
+        """What rows are, without reading on: from the latest transfers of recordings not asked before."""
+        for each in observed:
+            if each.group is not None and each.uuid not in self.units:
+                try:
+                    self._see_latest_units(each)
+                except RecordingError as error:
+                    log.warning("%s", error)
+        there = {each.uuid for each in observed}
+        self.units = {uuid: units for uuid, units in self.units.items() if uuid in there and units}
+
+    def _see_latest_units(self, each: Observed) -> None:
+        behind = tuple(max(position - _UNIT_SLOTS, 0) for position in each.reader.cursor())
+        self._see_units(each, each.reader.transfers(behind))
+
     def _new(self, each: Observed) -> Transfers:
         cursor = self._cursors.get(each.uuid)
         first = cursor is None
@@ -95,8 +110,7 @@ class Waits:
             began = self._looked_ns and each.created_ns >= self._looked_ns
             cursor = tuple(0 for _ in end) if began else end
             if not began:
-                behind = tuple(max(position - _UNIT_SLOTS, 0) for position in end)
-                self._see_units(each, each.reader.transfers(behind))
+                self._see_latest_units(each)
         transfers = each.reader.transfers(cursor)
         self._cursors[each.uuid] = transfers.next_cursor
         if not first:

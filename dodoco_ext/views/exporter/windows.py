@@ -15,6 +15,9 @@ from dodoco_ext.views.exporter.identity import Key
 from dodoco_ext.views.exporter.sums import Sums
 from dodoco_ext.views.null_curve import NullCurve
 
+_MOST = 1 << 48
+"""Assignments that no window has."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -93,7 +96,7 @@ def _figures(
             families.setdefault((len(counts), top_k), []).append((place, counts))
     found = []
     for (num_experts, top_k), members in families.items():
-        tokens = [int(effective(counts.sum(), top_k)) for _, counts in members]
+        tokens = [_tokens(counts, top_k) for _, counts in members]
         curve = _curve([size for size in tokens if size > 0], num_experts, top_k)
         for (place, counts), size in zip(members, tokens, strict=True):
             gini, corrected, floor = float(metrics.gini(counts)), math.nan, math.nan
@@ -104,6 +107,12 @@ def _figures(
             figures = Figures(gini, corrected, floor, float(peak), int(unused))
             found.append((place, figures))
     return found
+
+
+def _tokens(counts: Counts, top_k: int) -> int:
+    """Tokens that the null must assume; 0 where it is not known, or a damaged file says nonsense."""
+    total = int(counts.sum())
+    return int(effective(total, top_k)) if total < _MOST else 0
 
 
 def _curve(tokens: list[int], num_experts: int, top_k: int) -> NullCurve | None:
