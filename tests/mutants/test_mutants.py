@@ -188,8 +188,8 @@ MUTANTS = [
     Mutant(
         "forgets what was lost",
         "recording_reader.cpp",
-        "result.lost += head - ring.num_slots - result.next;",
-        "",
+        "result.lost += partial.drop() + (head - ring.num_slots - result.next);",
+        "partial.drop();",
         rebuild="recording_reader.cpp",
     ),
     Mutant(
