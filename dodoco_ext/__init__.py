@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dodoco_ext.attachment import Attachment, attach
+    from dodoco_ext.counters import LayerSnapshot, Snapshot
     from dodoco_ext.integrations.distributed import AlltoAllCapture, capture_alltoall, group_spec
-    from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
+    from dodoco_ext.recording import Reader
     from dodoco_ext.sources import open_recording as open  # noqa: A004
 
 _HOMES = {
@@ -24,8 +25,8 @@ _HOMES = {
     "group_spec": ("dodoco_ext.integrations.distributed", "group_spec"),
     "open": ("dodoco_ext.sources", "open_recording"),
     "Reader": ("dodoco_ext.recording", "Reader"),
-    "Snapshot": ("dodoco_ext.recording", "Snapshot"),
-    "LayerSnapshot": ("dodoco_ext.recording", "LayerSnapshot"),
+    "Snapshot": ("dodoco_ext.counters", "Snapshot"),
+    "LayerSnapshot": ("dodoco_ext.counters", "LayerSnapshot"),
 }
 
 __all__ = [

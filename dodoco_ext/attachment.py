@@ -17,11 +17,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import _C, ops
-from dodoco_ext.device import MAX_EXPERTS
+from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import InputError, NothingToObserve
+from dodoco_ext.integrations.places import place_of, why_not
 from dodoco_ext.integrations.transformers import Router, find_routers
 from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
-from dodoco_ext.recording import Reader, Snapshot
+from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
 
 log = logging.getLogger("dodoco")
@@ -366,33 +367,6 @@ def _remove_copied_probe(module: torch.nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if hook in _probes]:
             del hooks[key]
-
-
-def _device_of(module: torch.nn.Module) -> torch.device:
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def place_of(module: torch.nn.Module) -> str:
-    """`cpu`, or `cuda:N`. What is on no device yet runs on the host."""
-    device = _device_of(module)
-    if device.type != "cuda":
-        return "cpu"
-    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"
-
-
-def why_not(router: Router) -> str:
-    """Why a router cannot be observed where it is; "" if it can."""
-    device = _device_of(router.module)
-    if device.type in ("cpu", "meta"):
-        return ""
-    if device.type != "cuda" or torch.version.hip is not None:
-        kind = "an AMD GPU" if device.type == "cuda" else f"a device of type {device.type}"
-        return f"it is on {kind}, and dodoco-ext records on CPUs and NVIDIA GPUs"
-    if router.num_experts > MAX_EXPERTS:
-        return f"it has {router.num_experts} experts, and on a GPU {MAX_EXPERTS} can be counted"
-    return ""
 
 
 def _nothing_found(model: torch.nn.Module, uncovered: list[Uncovered]) -> str:

@@ -28,6 +28,10 @@ LAZY = {
         "dodoco_ext.observatory.command:observe",
         "Run a model over mock and real data, and compare its routing.",
     ),
+    "run": (
+        "dodoco_ext.run_command:run",
+        "Run a command, outlive it, and archive what it recorded.",
+    ),
     "top": (
         "dodoco_ext.views.top.command:top",
         "Watch expert balance live: all layers of a run or a recording.",
@@ -178,7 +182,7 @@ def show(
         raise click.UsageError(
             f"--{'list' if listing else 'prune'} takes a folder; {source} is none"
         )
-    _start_lean()
+    settings.start_lean()
     if prune:
         _prune(source, as_json=as_json)
     elif window is not None:
@@ -208,11 +212,6 @@ def _excluded_by(name: str, given: dict[str, bool]) -> str | None:
         (other for other, is_given in given.items() if is_given and other not in _COMPATIBLE[name]),
         None,
     )
-
-
-def _start_lean() -> None:
-    """Before numpy is imported: reading needs no linear algebra, and its threads cost 0.08 s."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _show_list(source: str | None, *, as_json: bool) -> None:
@@ -311,53 +310,6 @@ def _prune(source: str | None, *, as_json: bool) -> None:
 
 
 @cli.command(
-    "run",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    epilog="\b\nExamples:\n"
-    "  dodoco run --archive runs -- python train.py\n"
-    "  dodoco run --archive runs -- torchrun --nproc-per-node 8 train.py\n"
-    "  srun dodoco run --archive /project/runs -- python train.py\n"
-    "  dodoco run --archive runs                     archive what killed supervisors left\n"
-    "\b\nExit code: that of COMMAND; 128 + n if signal n ended it; 126 or 127 if it cannot be started.",
-)
-@click.option("--archive", metavar="DIR", help="Copy its recordings to DIR when it ends or dies.")
-@click.option("--run", "name", metavar="NAME", help="Name of the run, as DODOCO_RUN would set it.")
-@click.option(
-    "--grace",
-    "grace_s",
-    type=click.FloatRange(min=0),
-    default=10.0,
-    show_default=True,
-    metavar="S",
-    help="Seconds to wait for processes that COMMAND left behind.",
-)
-@click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
-def run_(
-    ctx: click.Context,
-    archive: str | None,
-    name: str | None,
-    grace_s: float,
-    command: tuple[str, ...],
-) -> None:
-    """Run COMMAND, outlive it, and archive what it recorded.
-
-    The processes that COMMAND starts share the name of one run. Signals are passed on to it. With
-    --archive they record into a private folder (DODOCO_DIR if that is set), and when COMMAND ends, or is
-    killed, all their recordings are copied to DIR, whole. What a killed supervisor leaves, the next
-    one archives.
-    """
-    _start_lean()
-    from dodoco_ext.supervisor import Supervisor, collect_abandoned
-
-    if not command and archive is not None:
-        collect_abandoned(settings.Settings.from_environment().directories())
-        return
-    target = None if archive is None else Path(archive)
-    ctx.exit(Supervisor(command, archive=target, run=name, grace_s=grace_s)())
-
-
-@cli.command(
     epilog="\b\nExamples:\n"
     "  dodoco doctor\n"
     "  dodoco doctor --json | jq '.checks[] | select(.status != \"ok\")'\n"
@@ -372,7 +324,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Looks at the installation, the folder of the recordings (with a trial recording, removed again),
     the settings in effect and the recordings found. Changes nothing.
     """
-    _start_lean()
+    settings.start_lean()
     from dodoco_ext.views import doctor as view
 
     diagnosis = view.examine()

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext.alignment import Aligned, Part, align
+from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.fleet_snapshot import FleetSnapshot, Unread, combined
 from dodoco_ext.groups import RankGroup, groups_of
-from dodoco_ext.recording import Reader, Snapshot
+from dodoco_ext.recording import Reader
 from dodoco_ext.sources import find, resolve
 from dodoco_ext.transfer_alignment import AlignedTransfers, Member, align_transfers
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dodoco_ext.counters import ARRAYS, COUNTERS, LayerSnapshot, Snapshot
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import ARRAYS, COUNTERS, LayerSnapshot, Snapshot
 
 _WORD = (1 << 64) - 1
 

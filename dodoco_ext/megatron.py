@@ -18,6 +18,7 @@ from dodoco_ext.errors import InputError, NothingToObserve
 from dodoco_ext.integrations import megatron_metrics as metrics
 from dodoco_ext.integrations import megatron_routers as routers
 from dodoco_ext.integrations import megatron_symbols as symbols
+from dodoco_ext.integrations import places
 from dodoco_ext.integrations.megatron import Found, MoELayer, find_layers
 from dodoco_ext.integrations.megatron_dispatchers import (
     Clock,
@@ -171,7 +172,7 @@ def attach(
     recorder = Recorder(
         [_spec(layer) for layer in found.layers] or [_NO_LAYER],
         uncovered=found.uncovered,
-        devices=tuple(dict.fromkeys(base.place_of(x.module) for x in found.layers)) or ("cpu",),
+        devices=tuple(dict.fromkeys(places.place_of(x.module) for x in found.layers)) or ("cpu",),
         group=group,
         forms=_forms(found),
         labels=labels,
@@ -189,7 +190,7 @@ def _observable(found: Found) -> Found:
     """Without the routers that are where nothing can be recorded."""
     layers, uncovered = [], list(found.uncovered)
     for layer in found.layers:
-        reason = base.why_not(layer.router) if layer.router is not None else ""
+        reason = places.why_not(layer.router) if layer.router is not None else ""
         if reason:
             uncovered.append(Uncovered(layer.name, reason))
         layers.append(replace(layer, router=None) if reason else layer)

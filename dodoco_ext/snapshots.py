@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import _C
+from dodoco_ext.counters import ARRAYS, COUNTERS, LayerSnapshot, Snapshot
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import ARRAYS, COUNTERS, LayerSnapshot, Snapshot
 
 SCHEMA = "dodoco.snapshot/1"
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from covering import Row, covering_array
 from dodoco_ext import _C
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.recorder import LayerSpec, Recorder
-from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
+from dodoco_ext.recording import Reader
 from dodoco_ext.reference import ReferencePass
 from dodoco_ext.settings import Settings
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dodoco_ext.recording import COUNTERS, RECORD_DTYPE, Reader
+from dodoco_ext.counters import COUNTERS
+from dodoco_ext.recording import RECORD_DTYPE, Reader
 from dodoco_ext.transfers import TRANSFER_DTYPE
 from format_reader import FormatReader
 

@@ -25,6 +25,7 @@ from dodoco_ext.triton_kernels import build, route_stats
 import dodoco_ext as dodoco
 from dodoco_ext import attachment, device
 from dodoco_ext.errors import InputError
+from dodoco_ext.integrations import places
 from dodoco_ext.settings import Settings
 from fake_cuda import FakeCuda, Live
 from fake_torch import CUDA, exchange
@@ -101,7 +102,7 @@ def on_device(model: ToyModel, **options: Any) -> Iterator[tuple[attachment.Atta
     stream = options.pop("stream", 0)
     here, current = torch.device("cuda:0"), SimpleNamespace(cuda_stream=stream)
     patches = [
-        mock.patch.object(attachment, "_device_of", return_value=here),
+        mock.patch.object(places, "device_of", return_value=here),
         mock.patch.object(device.Device, "site", site_in_arena),
         mock.patch.object(build, "compile_clock", return_value=("read_clock", b"clock")),
         mock.patch.object(build, "compile_kernels", kernels_for),

@@ -14,7 +14,7 @@ from dodoco_ext.triton_kernels import route_stats
 
 import twins
 from dodoco_ext import device
-from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS
+from dodoco_ext.counters import MAX_OVER_MEAN_BOUNDS
 
 FORMAT = (Path(__file__).parents[1] / "csrc" / "format.h").read_text()
 BYTES = {"uint64_t": 8, "int64_t": 8, "uint32_t": 4}

@@ -12,9 +12,10 @@ import torch
 import cases
 from covering import Row, all_pairs, pairs_of
 from dodoco_ext import _C, ops, reference
+from dodoco_ext.counters import LayerSnapshot
 from dodoco_ext.errors import InputError
 from dodoco_ext.recorder import LayerSpec, Recorder
-from dodoco_ext.recording import LayerSnapshot, Reader
+from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
 
 ID_ROWS, MAP_ROWS = cases.id_rows(), cases.map_rows()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import dodoco_ext as dodoco
-from dodoco_ext import _C, attachment
+from dodoco_ext import _C
 from dodoco_ext.errors import InputError, NothingToObserve
+from dodoco_ext.integrations import places
 from dodoco_ext.recorder import LayerSpec, Recorder
 from dodoco_ext.recording import Reader
 from dodoco_ext.views.summary import FAULTS
@@ -29,10 +30,10 @@ def no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "device_capability", refuse)
 
 
-def placed(monkeypatch: pytest.MonkeyPatch, model: ToyModel, places: list[str]) -> ToyModel:
+def placed(monkeypatch: pytest.MonkeyPatch, model: ToyModel, devices: list[str]) -> ToyModel:
     """A model on the CPU whose layers say that they are elsewhere."""
-    found = dict(zip((layer.experts for layer in model.layers), places, strict=True))
-    monkeypatch.setattr(attachment, "_device_of", lambda module: torch.device(found[module]))
+    found = dict(zip((layer.experts for layer in model.layers), devices, strict=True))
+    monkeypatch.setattr(places, "device_of", lambda module: torch.device(found[module]))
     return model
 
 
@@ -150,7 +151,7 @@ def test_other_devices_are_uncovered(monkeypatch: pytest.MonkeyPatch, place: str
 
 def test_amd_gpus_and_layers_too_wide_are_uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
     model = placed(monkeypatch, ToyModel(num_layers=2), ["cuda:0", "cpu"])
-    monkeypatch.setattr(attachment, "MAX_EXPERTS", 4)
+    monkeypatch.setattr(places, "MAX_EXPERTS", 4)
     with dodoco.attach(model) as a:
         assert "and on a GPU 4 can be counted" in a.uncovered[0].reason
         model(TOKENS)

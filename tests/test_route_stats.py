@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import cases
 from dodoco_ext import reference
-from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS, Snapshot
+from dodoco_ext.counters import MAX_OVER_MEAN_BOUNDS, Snapshot
 
 MOST_EXPERTS = 40
 # The same function picks a method by the largest count: a histogram of counts below 4 E, else a sort.

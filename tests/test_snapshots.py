@@ -16,8 +16,9 @@ import pytest
 
 import planted
 from dodoco_ext import snapshots
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import LayerSnapshot, Reader, Snapshot
+from dodoco_ext.recording import Reader
 from dodoco_ext.snapshots import difference, load_snapshot, save_snapshot
 
 BIG = (1 << 64) - 1

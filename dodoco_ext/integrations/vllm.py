@@ -20,9 +20,11 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import ops
+from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import NothingToObserve
+from dodoco_ext.integrations.places import place_of
 from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
-from dodoco_ext.recording import Reader, Snapshot
+from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
 
 Capture = Callable[[torch.Tensor], None]
@@ -71,7 +73,7 @@ def find_layers(model: torch.nn.Module) -> tuple[list[MoELayer], list[Uncovered]
         else:
             # The router itself counts the replicas of a load balancer as experts.
             num_experts = int(module.moe_config.num_logical_experts)
-            layers.append(MoELayer(name, router, _place_of(module), num_experts, int(router.top_k)))
+            layers.append(MoELayer(name, router, place_of(module), num_experts, int(router.top_k)))
     return layers, uncovered
 
 
@@ -196,10 +198,3 @@ def _capture(site: torch.Tensor, before: Capture | None) -> Capture:
             ops.route_ids(ids, site)
 
     return capture
-
-
-def _place_of(module: torch.nn.Module) -> str:
-    device = next(module.parameters()).device
-    if device.type != "cuda":
-        return "cpu"
-    return f"cuda:{torch.cuda.current_device() if device.index is None else device.index}"

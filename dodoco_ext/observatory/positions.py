@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import reference
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.errors import DodocoError
 from dodoco_ext.observatory.summary import USED, Window
-from dodoco_ext.recording import LayerSnapshot, Snapshot
 
 _RECORD = np.dtype([("layer", np.int64), *((name, np.int64) for name in USED)])
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import dodoco_ext as dodoco
+from dodoco_ext.counters import LayerSnapshot
 from dodoco_ext.errors import DodocoError, InputError
 from dodoco_ext.observatory.conditions import Ids, Shape
 from dodoco_ext.observatory.positions import without_first
@@ -28,7 +29,6 @@ from dodoco_ext.observatory.runners import (
     pass_after_pass,
 )
 from dodoco_ext.observatory.summary import Window
-from dodoco_ext.recording import LayerSnapshot
 
 if TYPE_CHECKING:
     from dodoco_ext.observatory.streamed import StreamedModel

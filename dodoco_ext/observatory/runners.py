@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import DodocoError, InputError
 from dodoco_ext.observatory.conditions import Ids, Shape
 from dodoco_ext.observatory.positions import without_first
 from dodoco_ext.observatory.result import ModelFacts
 from dodoco_ext.observatory.summary import Window
 from dodoco_ext.recorder import LayerSpec, Uncovered
-from dodoco_ext.recording import ROUTE, Cursor, Reader, Snapshot
+from dodoco_ext.recording import ROUTE, Cursor, Reader
 
 Inputs = dict[str, torch.Tensor]
 """`input_ids` [batch, length], and `attention_mask` where there is padding."""

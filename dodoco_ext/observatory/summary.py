@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import metrics, nulls
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.errors import DodocoError
 from dodoco_ext.intervals import bootstrap_interval, bootstrap_ratio_interval
 from dodoco_ext.observatory.result import ConditionResult, LayerResult, Overall, Ratio
-from dodoco_ext.recording import LayerSnapshot, Snapshot
 
 FloatArray = NDArray[np.float64]
 

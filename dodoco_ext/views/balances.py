@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import metrics
-from dodoco_ext.recording import LayerSnapshot
+from dodoco_ext.counters import LayerSnapshot
 from dodoco_ext.views.null_curve import Band, NullCurve
 
 NO_BAND = Band(math.nan, math.nan, math.nan)

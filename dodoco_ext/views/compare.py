@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import LayerSnapshot, Snapshot
 from dodoco_ext.snapshots import load_snapshot, looks_saved, shape
 from dodoco_ext.sources import open_recording
 from dodoco_ext.views import tables

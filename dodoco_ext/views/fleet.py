@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dodoco_ext.alignment import Aligned
+from dodoco_ext.counters import LayerSnapshot
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import SCOPE as FLEET_SCOPE
 from dodoco_ext.fleet import Fleet, Superseded, is_named, spans
 from dodoco_ext.fleet_snapshot import Unread
-from dodoco_ext.recording import LayerSnapshot
 from dodoco_ext.sources import Listed
 from dodoco_ext.views import tables
 from dodoco_ext.views.balances import Balance, RankBalance, balances, mean

@@ -9,14 +9,14 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dodoco_ext.recording import COUNTERS
+from dodoco_ext.counters import COUNTERS
 from dodoco_ext.views import tables
 from dodoco_ext.views.tables import duration, figure, plain, quantity
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dodoco_ext.recording import LayerSnapshot
+    from dodoco_ext.counters import LayerSnapshot
     from dodoco_ext.views.balances import Balance, RankBalance
     from dodoco_ext.views.summary import LayerSummary, Summary
 

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext import _C, metrics
+from dodoco_ext.counters import LayerSnapshot, Snapshot
 from dodoco_ext.fleet import unrouted
-from dodoco_ext.recording import ROUTE, LayerSnapshot, Reader, Snapshot
+from dodoco_ext.recording import ROUTE, Reader
 from dodoco_ext.snapshots import difference
 from dodoco_ext.sources import Listed
 from dodoco_ext.transfers import Group

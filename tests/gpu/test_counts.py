@@ -13,8 +13,9 @@ import torch
 import cases
 from covering import Row, covering_array
 from dodoco_ext import _C, ops
+from dodoco_ext.counters import ARRAYS, COUNTERS
 from dodoco_ext.recorder import LayerSpec, Recorder
-from dodoco_ext.recording import ARRAYS, COUNTERS, Reader
+from dodoco_ext.recording import Reader
 
 pytestmark = pytest.mark.gpu
 

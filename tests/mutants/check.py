@@ -17,7 +17,8 @@ import cases
 import transfer_cases
 from dodoco_ext import _C, reference
 from dodoco_ext.capture import Capture
-from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS, Reader
+from dodoco_ext.counters import MAX_OVER_MEAN_BOUNDS
+from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
 
 

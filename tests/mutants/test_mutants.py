@@ -187,17 +187,17 @@ MUTANTS = [
     Mutant("reads int16 unsigned", "lane.cpp", "const std::int16_t*", "const std::uint16_t*"),
     Mutant(
         "forgets what was lost",
-        "recording_reader.cpp",
+        "ring_reader.cpp",
         "result.lost += partial.drop() + (head - ring.num_slots - result.next);",
         "partial.drop();",
-        rebuild="recording_reader.cpp",
+        rebuild="ring_reader.cpp",
     ),
     Mutant(
         "skips the oldest record",
-        "recording_reader.cpp",
+        "ring_reader.cpp",
         "head - ring.num_slots;",
         "head - ring.num_slots + 1;",
-        rebuild="recording_reader.cpp",
+        rebuild="ring_reader.cpp",
     ),
     Mutant(
         "forgets the last rank's rows",
@@ -247,10 +247,10 @@ MUTANTS = [
     Mutant("reads wide counts narrow", "capture.h", "return is_wide != 0", "return is_wide > 1"),
     Mutant(
         "takes a continuation for a record's begin",
-        "recording_reader.cpp",
+        "ring_reader.cpp",
         "if (partial.slots == 0) {",
         "if (false) {",
-        rebuild="recording_reader.cpp",
+        rebuild="ring_reader.cpp",
     ),
 ]
 

@@ -17,7 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from dodoco_ext.recording import MAX_OVER_MEAN_BOUNDS, Counts
+from dodoco_ext.counters import MAX_OVER_MEAN_BOUNDS, Counts
 from dodoco_ext.transfer_alignment import OPS
 from dodoco_ext.transfers import TrafficTotals
 from dodoco_ext.views.exporter.identity import Key

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import run_of
-from dodoco_ext.recording import ROUTE, Reader, Snapshot
+from dodoco_ext.recording import ROUTE, Reader
 from dodoco_ext.sources import Listed, find
 from dodoco_ext.transfers import Group, TrafficTotals
 from dodoco_ext.views.exporter.identity import Identity, identity_of, layer_labels

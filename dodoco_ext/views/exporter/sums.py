@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dodoco_ext import metrics
+from dodoco_ext.counters import Counts
 from dodoco_ext.errors import InputError
-from dodoco_ext.recording import Counts
 from dodoco_ext.views.exporter.identity import Key
 from dodoco_ext.views.exporter.observe import Look, Observed
 

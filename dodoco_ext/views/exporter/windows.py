@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dodoco_ext import metrics
-from dodoco_ext.recording import Counts
+from dodoco_ext.counters import Counts
 from dodoco_ext.views.balances import effective
 from dodoco_ext.views.exporter.identity import Key
 from dodoco_ext.views.exporter.sums import Sums

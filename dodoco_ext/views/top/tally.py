@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dodoco_ext import metrics
 from dodoco_ext.cost_of_imbalance import Cost
-from dodoco_ext.recording import Snapshot
+from dodoco_ext.counters import Snapshot
 
 Words = NDArray[np.uint64]
 
