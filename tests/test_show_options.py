@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -23,23 +22,7 @@ from dodoco_ext.settings import Settings
 from dodoco_ext.snapshots import load_snapshot, save_snapshot
 from dodoco_ext.views.compare import total_variation, total_variation_null
 from runs import closed_rank, rank_of
-
-Capture = pytest.CaptureFixture[str]
-
-
-def refuse(constant: str) -> NoReturn:
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def show(capsys: Capture, *arguments: object) -> str:
-    assert cli.run(["show", *map(str, arguments)]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def show_json(capsys: Capture, *arguments: object) -> dict[str, Any]:
-    found = json.loads(show(capsys, *arguments, "--json"), parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
+from shown import Capture, show, show_json
 
 
 def error(capsys: Capture, *arguments: object, code: int = cli.EXIT_ERROR) -> str:

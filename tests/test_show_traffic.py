@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import replace
 from math import nan
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,26 +18,11 @@ from dodoco_ext.views.ending import seconds_of
 from dodoco_ext.views.traffic import _band_text, _short
 from exchanges import exchanges
 from runs import closed_rank, rank_of
+from shown import Capture, show, show_json
 from traffic_runs import MILLISECOND, Rank, record, recorded
 
-Capture = pytest.CaptureFixture[str]
 RNG = np.random.default_rng(67)
 SECOND = 1000 * MILLISECOND
-
-
-def refuse(constant: str) -> NoReturn:
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def show(capsys: Capture, *arguments: object) -> str:
-    assert cli.run(["show", *map(str, arguments)]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
-
-
-def show_json(capsys: Capture, *arguments: object) -> dict[str, Any]:
-    found = json.loads(show(capsys, *arguments, "--json"), parse_constant=refuse)
-    assert isinstance(found, dict)
-    return found
 
 
 def error(capsys: Capture, *arguments: object, code: int = cli.EXIT_ERROR) -> str:
