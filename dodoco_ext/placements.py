@@ -1,0 +1,180 @@
+"""Where experts lie, as a recording knows it, and what each rank received under it.
+
+A load balancer puts replicas of logical experts (*physical* experts) into the slots of ranks, and moves
+them. A recording holds the latest placements of each layer, each with what had been counted by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dodoco_ext import _C
+from dodoco_ext.counters import Counts
+
+Loads = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the experts of one layer lay from one moment on.
+
+    Attributes:
+        version: Changes of placements before it: 0 is how the recording began. Records carry it.
+        time_ns: When it was recorded, Unix nanoseconds.
+        iteration: Of the latest record in the ring at that moment.
+        num_ranks: Expert-parallel ranks R.
+        experts: Logical expert in each slot, int64 [P]; -1: empty.
+        ranks: Rank that holds each slot, int64 [P]; -1: empty.
+        counts: Assignments of each logical expert that the recording had counted by then, uint64 [E].
+    """
+
+    version: int
+    time_ns: int
+    iteration: int
+    num_ranks: int
+    experts: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    counts: Counts
+
+    @cached_property
+    def slots_by_rank(self) -> NDArray[np.int64]:
+        """How many slots of each rank hold each expert, int64 [E, R]."""
+        slots = np.zeros((len(self.counts), self.num_ranks), np.int64)
+        used = self.experts >= 0
+        np.add.at(slots, (self.experts[used], self.ranks[used]), 1)
+        return slots
+
+    @property
+    def replicas(self) -> NDArray[np.int64]:
+        """Slots that hold each expert, int64 [E]."""
+        replicas: NDArray[np.int64] = self.slots_by_rank.sum(axis=1)
+        return replicas
+
+    @cached_property
+    def split(self) -> NDArray[np.bool_]:
+        """Experts that lie on several ranks, [E]: which of them computed what is not recorded."""
+        split: NDArray[np.bool_] = (self.slots_by_rank > 0).sum(axis=1) > 1
+        return split
+
+    @cached_property
+    def shares(self) -> Loads:
+        """Share of each expert's assignments that each rank gets, [E, R], equal for its replicas.
+
+        An estimate for experts in `split`. An expert in no slot has no shares.
+        """
+        return self.slots_by_rank / np.maximum(self.replicas, 1)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Received:
+    """Assignments that a rank's routing sent to each rank.
+
+    Attributes:
+        loads: By expert-parallel rank, [R].
+        estimated: Those of experts on several ranks: assumed to be split evenly over the replicas.
+        unplaced: Those that are in no load, as nobody knows where their experts lay.
+    """
+
+    loads: Loads
+    estimated: int
+    unplaced: int
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlacements:
+    """The placements of a layer that the recording still holds.
+
+    Attributes:
+        kept: Oldest first.
+        lost: Older ones that were overwritten, or that a killed writer left unfinished.
+    """
+
+    kept: tuple[Placement, ...]
+    lost: int
+
+    @property
+    def current(self) -> Placement | None:
+        """The latest."""
+        return self.kept[-1] if self.kept else None
+
+    def at(self, version: int) -> Placement | None:
+        """The one in force for a record with a `map_version`; None where it is gone."""
+        known = [placement for placement in self.kept if placement.version <= version]
+        return known[-1] if known else None
+
+    def received(self, now: Counts, before: Counts | None = None) -> Received:
+        """What each rank received of assignments counted between two moments, change by change.
+
+        Args:
+            now: Counts of each expert at the later moment, [E].
+            before: At the earlier; None: zero.
+        """
+        start = np.zeros_like(now) if before is None else np.minimum(before, now)
+        loads = np.zeros(max((p.num_ranks for p in self.kept), default=1))
+        edges = [np.clip(placement.counts, start, now) for placement in self.kept]
+        if self.kept and self.kept[0].version == 0:
+            edges[0] = start  # it says where experts lay from the beginning
+        placed = unplaced = estimated = 0
+        for i, placement in enumerate(self.kept):
+            end = edges[i + 1] if i + 1 < len(edges) else now
+            part = np.where(end > edges[i], end - edges[i], 0)
+            if not part.any():
+                continue
+            loads[: placement.num_ranks] += part @ placement.shares
+            placed += int(part[placement.replicas > 0].sum())
+            estimated += int(part[placement.split].sum())
+        unplaced = int((now - start).sum()) - placed
+        return Received(loads, estimated, unplaced)
+
+
+@dataclass(frozen=True, eq=False)
+class Placements:
+    """Where experts lay, and how often that changed.
+
+    Attributes:
+        recorded: Times that placements were recorded; the first says how it began.
+        layers: One a layer.
+    """
+
+    recorded: int
+    layers: tuple[LayerPlacements, ...]
+
+    @property
+    def changes(self) -> int:
+        """Changes since the recording began."""
+        return max(self.recorded - 1, 0)
+
+    @property
+    def last_ns(self) -> int:
+        """When a placement was last recorded, Unix nanoseconds; 0: never."""
+        return max((layer.current.time_ns for layer in self.layers if layer.current), default=0)
+
+
+def read_placements(
+    file: _C.RecordingReader, num_layers: int, known: Placements | None
+) -> Placements | None:
+    """The placements of a recording; `known` itself where nothing was recorded since it was read."""
+    if not file.placements_kept:
+        return None
+    recorded = file.placements_recorded()
+    if known is not None and known.recorded == recorded:
+        return known
+    return Placements(recorded, tuple(_layer(*file.placements(i)) for i in range(num_layers)))
+
+
+def _layer(
+    entries: Sequence[tuple[int, int, int, int, Counts, NDArray[np.uint32]]], lost: int
+) -> LayerPlacements:
+    found = []
+    for version, num_ranks, time_ns, iteration, counts, slots in entries:
+        words = slots.astype(np.int64)
+        empty = slots == _C.EMPTY_SLOT
+        experts = np.where(empty, -1, words & 0xFFFF)
+        ranks = np.where(empty, -1, words >> 16)
+        found.append(Placement(version, time_ns, iteration, num_ranks, experts, ranks, counts))
+    return LayerPlacements(tuple(found), lost)
