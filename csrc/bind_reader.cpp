@@ -27,7 +27,8 @@ py::dict header_of(const RecordingReader& reader) {
   d["num_lanes"] = h.num_lanes;
   d["num_faults"] = h.num_faults;
   d["last_fault"] = h.last_fault;
-  d["faults"] = py::tuple(py::cast(std::vector<std::uint64_t>(h.faults, h.faults + kFaultCounters)));
+  d["faults"] =
+      py::tuple(py::cast(std::vector<std::uint64_t>(h.faults, h.faults + kFaultCounters)));
   d["uuid"] = py::bytes(reinterpret_cast<const char*>(h.uuid), sizeof(h.uuid));
   return d;
 }

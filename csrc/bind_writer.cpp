@@ -77,9 +77,18 @@ void register_writer(py::module_& m) {
                        std::uint32_t rank, std::uint32_t world_size, std::uint32_t group_size,
                        std::uint32_t group_index, std::uint32_t num_slots,
                        std::uint32_t kept_placements) {
-             RecordingSpec spec{std::move(path), std::move(metadata), {},         num_lanes,
-                                max_bytes,       mode,                rank,       world_size,
-                                group_size,      group_index,         num_slots,  kept_placements};
+             RecordingSpec spec{std::move(path),
+                                std::move(metadata),
+                                {},
+                                num_lanes,
+                                max_bytes,
+                                mode,
+                                rank,
+                                world_size,
+                                group_size,
+                                group_index,
+                                num_slots,
+                                kept_placements};
              for (const auto& [num_experts, top_k] : layers)
                spec.layers.push_back({num_experts, top_k});
              try {

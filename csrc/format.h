@@ -20,7 +20,7 @@ constexpr std::uint32_t kMaxSections = 64;
 constexpr std::uint32_t kMaxLanes = 16;
 constexpr std::uint32_t kMaxLayers = 65536;  // a ring record keeps the layer in 16 bits
 constexpr std::uint32_t kMaxExperts = 65536;
-constexpr std::uint32_t kMaxRanks = 1024;  // of a group: its two rows of counts fit one record
+constexpr std::uint32_t kMaxRanks = 1024;   // of a group: its two rows of counts fit one record
 constexpr std::uint32_t kMaxSlots = 65536;  // physical experts of a layer: replicas of logical ones
 constexpr std::uint32_t kMaxKept = 1024;    // placements kept of a layer
 constexpr std::uint64_t kSectionAlignment = 64;
@@ -260,7 +260,8 @@ struct PlacementHeader {
 static_assert(sizeof(PlacementHeader) == 64);
 
 struct PlacementHead {  // of the block of a layer; its entries follow
-  std::uint64_t head;   // entries ever written; entry n: place n % kept, epoch n / kept % kEpochs + 1
+  std::uint64_t
+      head;  // entries ever written; entry n: place n % kept, epoch n / kept % kEpochs + 1
   std::uint64_t reserved[7];
 };
 static_assert(sizeof(PlacementHead) == 64);

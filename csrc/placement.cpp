@@ -57,10 +57,10 @@ void PlacementWriter::check(const std::vector<LayerPlacement>& layers) const {
       const std::uint32_t expert = slot & 0xFFFF, rank = slot >> 16;
       if (slot == kEmptySlot || (expert < num_experts_[each.layer] && rank < each.num_ranks))
         continue;
-      throw std::invalid_argument(
-          where + " has expert " + std::to_string(expert) + " on rank " + std::to_string(rank) +
-          "; there are " + std::to_string(num_experts_[each.layer]) + " experts and " +
-          std::to_string(each.num_ranks) + " ranks");
+      throw std::invalid_argument(where + " has expert " + std::to_string(expert) + " on rank " +
+                                  std::to_string(rank) + "; there are " +
+                                  std::to_string(num_experts_[each.layer]) + " experts and " +
+                                  std::to_string(each.num_ranks) + " ranks");
     }
   }
 }
@@ -86,7 +86,8 @@ std::int64_t PlacementWriter::record(const std::vector<LayerPlacement>& layers,
 void PlacementWriter::write(const LayerPlacement& placement, std::uint32_t version,
                             std::uint64_t now_ns, std::uint64_t iteration,
                             const std::vector<std::uint64_t>& counts) {
-  auto* block = reinterpret_cast<std::uint8_t*>(header_ + 1) + placement.layer * shape_.block_bytes();
+  auto* block =
+      reinterpret_cast<std::uint8_t*>(header_ + 1) + placement.layer * shape_.block_bytes();
   auto* head_of = reinterpret_cast<PlacementHead*>(block);
   const std::uint64_t head = load_word(&head_of->head);
   auto* words = reinterpret_cast<std::uint64_t*>(block + sizeof(PlacementHead) +

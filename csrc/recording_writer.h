@@ -88,7 +88,7 @@ class RecordingWriter {
   std::uint8_t* base_ = nullptr;
   std::uint8_t* mapped_ = nullptr;
   int lock_fd_ = -1;
-  int owner_ = 0;  // process
+  int owner_ = 0;                // process
   std::atomic<int> holders_{1};  // the writer itself until close()
 };
 

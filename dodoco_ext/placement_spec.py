@@ -25,6 +25,7 @@ class PlacementSpec:
 
 
 def check_room(room: PlacementSpec) -> None:
+    """Raises an InputError where a recording cannot have such room."""
     if not 1 <= room.num_slots <= _C.MAX_SLOTS:
         raise InputError(f"num_slots={room.num_slots}: give 1 to {_C.MAX_SLOTS}")
     if not 2 <= room.kept <= _C.MAX_KEPT:

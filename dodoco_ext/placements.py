@@ -56,6 +56,12 @@ class Placement:
         return replicas
 
     @cached_property
+    def placed(self) -> NDArray[np.bool_]:
+        """Experts that lie anywhere, [E]."""
+        placed: NDArray[np.bool_] = self.replicas > 0
+        return placed
+
+    @cached_property
     def split(self) -> NDArray[np.bool_]:
         """Experts that lie on several ranks, [E]: which of them computed what is not recorded."""
         split: NDArray[np.bool_] = (self.slots_by_rank > 0).sum(axis=1) > 1
@@ -115,21 +121,24 @@ class LayerPlacements:
             before: At the earlier; None: zero.
         """
         start = np.zeros_like(now) if before is None else np.minimum(before, now)
+        total = int((now - start).sum())
         loads = np.zeros(max((p.num_ranks for p in self.kept), default=1))
-        edges = [np.clip(placement.counts, start, now) for placement in self.kept]
+        placed = estimated = 0
+        for placement, begin, end in self._spans(start, now) if total else ():
+            part = np.where(end > begin, end - begin, 0)
+            loads[: placement.num_ranks] += part @ placement.shares
+            placed += int(part[placement.placed].sum())
+            estimated += int(part[placement.split].sum())
+        return Received(loads, estimated, total - placed)
+
+    def _spans(self, start: Counts, now: Counts) -> list[tuple[Placement, Counts, Counts]]:
+        """The placements in force between two moments, with the counts when each began and ended."""
+        if self.kept and (self.kept[-1].counts <= start).all():  # nothing changed in between
+            return [(self.kept[-1], start, now)]
+        edges = [np.clip(placement.counts, start, now) for placement in self.kept] + [now]
         if self.kept and self.kept[0].version == 0:
             edges[0] = start  # it says where experts lay from the beginning
-        placed = unplaced = estimated = 0
-        for i, placement in enumerate(self.kept):
-            end = edges[i + 1] if i + 1 < len(edges) else now
-            part = np.where(end > edges[i], end - edges[i], 0)
-            if not part.any():
-                continue
-            loads[: placement.num_ranks] += part @ placement.shares
-            placed += int(part[placement.replicas > 0].sum())
-            estimated += int(part[placement.split].sum())
-        unplaced = int((now - start).sum()) - placed
-        return Received(loads, estimated, unplaced)
+        return list(zip(self.kept, edges, edges[1:], strict=False))
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,10 +261,16 @@ class Recorder:
             InputError: A layer, a slot or a rank is impossible, or there is no room for placements.
             RuntimeError: The current stream is being captured into a graph.
         """
-        packed = [(layer, num_ranks, packed_slots(layer, s, num_ranks, ranks)) for layer, s in layers.items()]
+        for layer in layers:
+            if layer < 0:
+                raise InputError(f"no layer {layer} in this recording")
+        packed = [
+            (layer, num_ranks, packed_slots(layer, s, num_ranks, ranks))
+            for layer, s in layers.items()
+        ]
         try:
             version = self._writer.record_placement(packed)
-        except (ValueError, TypeError) as error:  # a TypeError: a negative layer
+        except ValueError as error:
             raise InputError(str(error)) from None
         if version > 0:
             self.set("map_version", version & 0xFFFFFFFF)

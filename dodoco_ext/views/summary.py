@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -315,6 +316,21 @@ def fault_name(code: int) -> str:
         return _C.Fault(code).name
     except ValueError:
         return f"fault {code}"  # written by a later version
+
+
+def faults_by_reason(header: dict[str, Any]) -> dict[str, int]:
+    """Telemetry faults by the lower-case name of the reason, of every reason that this version knows.
+
+    `other`: of a later version's reasons, or of a writer that only named its latest one.
+    """
+    counts: list[int] = list(header["faults"])
+    known = {
+        name.lower(): counts[int(fault.value)]
+        for name, fault in _C.Fault.__members__.items()
+        if fault.value
+    }
+    known["other"] = max(int(header["num_faults"]) - sum(known.values()), 0)
+    return known
 
 
 def _whole_number(value: object) -> int | None:

@@ -1,5 +1,5 @@
-// Placements that are recorded while passes are, while they are read, and while the recording closes.
-// For the sanitizers (`make sanitize`). Prints one line a check; exits 1 on a failure.
+// Placements that are recorded while passes are, while they are read, and while the recording
+// closes. For the sanitizers (`make sanitize`). Prints one line a check; exits 1 on a failure.
 #include <atomic>
 #include <thread>
 
@@ -18,8 +18,7 @@ std::uint32_t slot_of(std::uint32_t version, std::uint64_t place, std::uint32_t 
   return (version + place) % 11 == 0 ? kEmptySlot : expert | version % kRanks << 16;
 }
 
-LayerPlacement placement_of(std::uint32_t version, std::uint32_t layer,
-                            std::uint32_t num_experts) {
+LayerPlacement placement_of(std::uint32_t version, std::uint32_t layer, std::uint32_t num_experts) {
   LayerPlacement made{layer, kRanks, std::vector<std::uint32_t>(1 + version % kSlots)};
   for (std::uint64_t i = 0; i < made.slots.size(); ++i)
     made.slots[i] = slot_of(version, i, num_experts);

@@ -263,7 +263,10 @@ def with_placements() -> None:
     writer.close()
     path.chmod(0o644)
     found = described.by_reader(path)
-    assert [[entry[0] for entry in layer] for layer in found["placements"]] == [[4, 5, 6], [0, 3, 7]]
+    assert [[entry[0] for entry in layer] for layer in found["placements"]] == [
+        [4, 5, 6],
+        [0, 3, 7],
+    ]
     assert found == described.by_format(path)
     path.with_suffix(".json").write_text(json.dumps(found) + "\n")
 
