@@ -27,6 +27,7 @@ from dodoco_ext.views.balances import (
 )
 from dodoco_ext.views.listing import RecordingInfo, describe, texts
 from dodoco_ext.views.null_curve import NullCurve
+from dodoco_ext.views.placed import PlacementInfo, placement_info, received_by_rank
 
 # Simulations at the layers' own loads that a summary may cost: about a tenth of a second each.
 MAX_LOAD_SIMULATIONS = 24
@@ -37,7 +38,8 @@ _PASS_FIGURES = ("gini", "gini_null", "gini_corrected", "max_over_mean", "max_ov
 SCOPE = {
     "whole_run": "this rank only, exact counters of all passes since the recording began (board)",
     "per_pass": "this rank only, mean over the passes still in the ring, every pass of equal weight",
-    "ranks": "whole run of this rank, experts placed in equal contiguous runs (an assumption)",
+    "ranks": "whole run of this rank, experts placed as recorded where `recorded` is true (replicas "
+    "share evenly: an estimate), else in equal contiguous runs (an assumption)",
     "mean_of_layers": "mean of the layers' figures, every layer of equal weight; none where one is",
     "null": "uniform routing of every token to top_k distinct experts",
 }
@@ -49,8 +51,9 @@ WINDOW_SCOPE = {
     "per_pass": "this rank only, mean over the passes later than the saved snapshot that are still in "
     "the ring, every pass of equal weight; by time stamp, so that a pass at the very moment of the "
     "snapshot may count in one scope and not in the other",
-    "ranks": "between the saved snapshot and now, this rank, experts placed in equal contiguous runs "
-    "(an assumption)",
+    "ranks": "between the saved snapshot and now, this rank, experts placed as recorded where "
+    "`recorded` is true (replicas share evenly: an estimate), else in equal contiguous runs (an "
+    "assumption)",
 }
 
 FAULTS = {
@@ -163,6 +166,7 @@ class Summary:
         window: None where the summary covers all of them.
         unrouted: Names of layers whose router is not observed.
         group: The ranks that transfers were recorded between; None where none were.
+        placements: Where experts lie; None where that is not recorded.
     """
 
     recording: RecordingInfo
@@ -175,6 +179,7 @@ class Summary:
     last_fault: str | None
     unrouted: frozenset[str]
     group: Group | None
+    placements: PlacementInfo | None
 
     @property
     def mean_of_layers(self) -> MeanOfLayers:
@@ -198,7 +203,8 @@ def summarise(
 
     Args:
         reader: The recording.
-        num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: none.
+        num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: those that placements
+            are recorded of.
         since: An earlier snapshot of it: only what happened after that. None: all.
         since_name: How messages name that snapshot.
 
@@ -231,13 +237,16 @@ def summarise(
         for m in members:
             each_pass[m.index] = _per_pass(passes[m.index], m, each, loads)
     fault = reader.header["last_fault"]
+    placements = reader.placements()
+    received = received_by_rank(placements, now.layers, since.layers if since else None)
+    each_balance = balances(layers, num_ranks, received)
     return Summary(
         recording=describe(Listed(reader.path, reader, state=reader.state)),
         snapshot=now,
         window=window,
         layers=tuple(
             LayerSummary(layer, balance, each_pass[layer.index], ranks)
-            for layer, (balance, ranks) in zip(layers, balances(layers, num_ranks), strict=True)
+            for layer, (balance, ranks) in zip(layers, each_balance, strict=True)
         ),
         ring=Ring(
             records=len(held),
@@ -255,6 +264,7 @@ def summarise(
         last_fault=fault_name(fault) if fault else None,
         unrouted=unrouted([reader]),
         group=reader.group,
+        placements=placement_info(placements),
     )
 
 
