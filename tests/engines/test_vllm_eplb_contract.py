@@ -1,0 +1,101 @@
+"""vLLM's load balancer, as far as it is relied on: in its sources, and run on the CPU with stand-in groups."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import dodoco_ext
+from test_zoo_deepseek_vllm import vllm_python
+
+pytestmark = pytest.mark.engine
+
+PACKAGE = Path(dodoco_ext.__file__).parent.parent
+FUNCTIONS = {
+    "_commit_eplb_maps": ["model_state", "new_physical_to_logical_map"],
+    "_commit_eplb_maps_for_layer": ["model_state", "new_physical_to_logical_map", "layer"],
+}
+FIELDS = {
+    "distributed/eplb/eplb_state.py": {
+        "EplbModelState": {"model"},
+        "EplbLayerState": {"logical_to_physical_map", "expert_load_view"},
+    },
+    "model_executor/models/interfaces.py": {
+        "MixtureOfExperts": {"moe_layers", "num_local_physical_experts"}
+    },
+    "model_executor/layers/fused_moe/config.py": {
+        "FusedMoEConfig": {"num_experts", "num_local_experts", "num_logical_experts"}
+    },
+}
+
+
+def sources() -> Path:
+    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
+    return Path(subprocess.check_output([vllm_python(), "-c", code], text=True, timeout=60).strip())
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((sources() / file).read_text())
+
+
+def test_the_functions_that_commit_maps_take_what_is_handed_on() -> None:
+    tree = tree_of("distributed/eplb/eplb_state.py")
+    found = {n.name: n.args for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for name, arguments in FUNCTIONS.items():
+        assert [a.arg for a in found[name].args] == arguments
+        assert not found[name].kwonlyargs
+
+
+def test_only_what_is_known_writes_a_layers_map() -> None:
+    """A third place that changed `physical_to_logical_map` would change it without being recorded."""
+    tree = tree_of("distributed/eplb/eplb_state.py")
+    writers = set()
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+            copies = [c.func for c in calls if isinstance(c.func, ast.Attribute)]
+            if any(c.attr == "copy_" for c in copies) and "physical_to_logical" in ast.dump(
+                function
+            ):
+                writers.add(function.name)
+    # update_mapping(): of a rank that joins; a rearrangement follows. step(): the window of loads.
+    assert writers - set(FUNCTIONS) <= {"update_mapping", "step"}
+
+
+@pytest.mark.parametrize("file", FIELDS)
+def test_the_fields_are_there(file: str) -> None:
+    classes = {n.name: n for n in tree_of(file).body if isinstance(n, ast.ClassDef)}
+    for name, wanted in FIELDS[file].items():
+        body = classes[name].body
+        found = {
+            n.target.id for n in body if isinstance(n, ast.AnnAssign) and hasattr(n.target, "id")
+        }
+        assert wanted <= found
+
+
+def test_what_vllm_commits_is_what_is_recorded(tmp_path: Path) -> None:
+    environment = {**os.environ, "DODOCO_DIR": str(tmp_path), "PYTHONPATH": str(PACKAGE)}
+    program = Path(__file__).with_name("vllm_eplb.py")
+    ended = subprocess.run(
+        [vllm_python(), str(program)],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    start, together, first, second = found["committed"]
+    assert found["faults"] == 0
+    for layer, entries in enumerate(found["recorded"]):
+        later = {0: [(2, first)], 1: [], 2: [(3, second)]}[layer]
+        wanted = [(0, start), (1, together), *later]
+        assert entries == [[version, 4, maps[layer]] for version, maps in wanted]
+    assert all(5 in set(maps) for maps in together)
+    assert together[0].count(5) > 1, "the busiest expert got replicas"
