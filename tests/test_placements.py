@@ -18,7 +18,7 @@ import pytest
 from dodoco_ext import _C
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.placement_spec import PlacementSpec
-from dodoco_ext.placements import Placements
+from dodoco_ext.placements import LayerPlacements, Placement, Placements
 from dodoco_ext.recorder import LayerSpec, Recorder
 from dodoco_ext.recording import Reader
 from test_damage import patched, section
@@ -253,6 +253,40 @@ def test_an_expert_in_no_slot_is_unplaced() -> None:
     found = made.placements().layers[0].received(made.counts())
     assert found.loads.tolist() == [1, 0]
     assert found.unplaced == 1
+
+
+def by_the_rule_of_vllm(rows: int, passes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loads of 8 ranks, of random routing in passes of so many rows: by vLLM's choice of replicas, and as estimated.
+
+    64 experts, of which the 16 busiest have two replicas on different ranks; top 4.
+    """
+    rng = np.random.default_rng(seed)
+    slots = np.concatenate([np.arange(64), np.arange(16)])
+    ranks = np.arange(80) // 10
+    placement = Placement(0, 0, 0, 8, slots, ranks, np.zeros(64, np.uint64))
+    places = [np.flatnonzero(slots == e) for e in range(64)]
+    popular = np.where(np.arange(64) < 16, 3.0, 1.0)
+    true, counts = np.zeros(8), np.zeros(64, np.uint64)
+    for _ in range(passes):
+        scores = np.log(popular) + rng.gumbel(size=(rows, 64))
+        for row, experts in enumerate(np.argsort(-scores, axis=1)[:, :4]):
+            for expert in experts:
+                hashed = row * 2654435769 & 0xFFFFFFFF
+                true[ranks[places[expert][hashed % len(places[expert])]]] += 1
+                counts[expert] += np.uint64(1)
+    found = LayerPlacements((placement,), 0).received(counts)
+    assert found.loads.sum() == pytest.approx(true.sum())
+    return true, found.loads
+
+
+@pytest.mark.parametrize(("rows", "limit"), [(1, 2.0), (2, 0.06), (8, 0.06), (256, 0.06)])
+def test_an_even_split_against_the_rule_of_vllm(rows: int, limit: float) -> None:
+    """vLLM chooses by the row's number in the pass: in passes of one row always the first replica."""
+    true, estimated = by_the_rule_of_vllm(rows, 4096 // rows, seed=rows)
+    worst = float(np.abs(estimated - true).max() / true.mean())
+    print(f"{rows} rows a pass: a rank's load is off by up to {100 * worst:.1f} % of the mean")
+    assert worst < limit
+    assert rows > 1 or worst > 0.5, "the estimate is wrong there, and the document says so"
 
 
 # --- killed, damaged ---------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dodoco_ext import _C
 from dodoco_ext.placement_spec import PlacementSpec
 from served import Served
 from shown import Capture, show, show_json
@@ -97,3 +98,11 @@ def test_without_placements_nothing_is_said(capsys: Capture) -> None:
     made.route(0, IDS)
     assert "placed" not in show(capsys, made.path)
     assert show_json(capsys, made.path)["placements"] is None
+
+
+def test_faults_are_shown_by_reason(capsys: Capture) -> None:
+    made = Served()
+    for fault in (_C.Fault.BAD_SHAPE, _C.Fault.NO_LANE, _C.Fault.BAD_SHAPE):
+        made.recorder.add_fault(fault)
+    assert "FAULTS: 3 (2 bad_shape, 1 no_lane), the last BAD_SHAPE" in show(capsys, made.path)
+    assert show_json(capsys, made.path)["faults"]["by_reason"] == {"bad_shape": 2, "no_lane": 1}

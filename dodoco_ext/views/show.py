@@ -58,6 +58,7 @@ def summary_json(summary: Summary, *, experts: bool, saved: Path | None = None) 
             "placements": summary.placements,
             "faults": {
                 "count": summary.num_faults,
+                "by_reason": summary.faults,
                 "last": summary.last_fault,
                 "meaning": FAULTS.get(summary.last_fault or ""),
             },
@@ -344,7 +345,9 @@ def _print_notes(console: Console, summary: Summary) -> None:
         _note(console, f"NOT OBSERVED: {part['name']}: {part['reason']}", style="yellow")
     if summary.num_faults:
         meaning = FAULTS.get(summary.last_fault or "", "unknown to this version")
-        text = f"FAULTS: {summary.num_faults}, the last {summary.last_fault}: {meaning}"
+        several = ", ".join(f"{number} {name}" for name, number in summary.faults.items())
+        each = f" ({several})" if len(summary.faults) > 1 else ""
+        text = f"FAULTS: {summary.num_faults}{each}, the last {summary.last_fault}: {meaning}"
         _note(console, text, style="red")
 
 

@@ -163,6 +163,7 @@ class Summary:
 
     Attributes:
         snapshot: The counters since the recording began, which the summary was made from.
+        faults: Telemetry faults by reason, as `faults_by_reason`, of those that there are.
         window: None where the summary covers all of them.
         unrouted: Names of layers whose router is not observed.
         group: The ranks that transfers were recorded between; None where none were.
@@ -177,6 +178,7 @@ class Summary:
     uncovered: list[dict[str, str]]
     num_faults: int
     last_fault: str | None
+    faults: dict[str, int]
     unrouted: frozenset[str]
     group: Group | None
     placements: PlacementInfo | None
@@ -262,6 +264,7 @@ def summarise(
         uncovered=uncovered_of(reader),
         num_faults=reader.header["num_faults"],
         last_fault=fault_name(fault) if fault else None,
+        faults={name: number for name, number in faults_by_reason(reader.header).items() if number},
         unrouted=unrouted([reader]),
         group=reader.group,
         placements=placement_info(placements),

@@ -67,6 +67,18 @@ def test_only_what_is_known_writes_a_layers_map() -> None:
     assert writers - set(FUNCTIONS) <= {"update_mapping", "step"}
 
 
+def test_the_rule_that_chooses_a_replica_is_the_documented_one() -> None:
+    """docs/placements.md says how it differs from an even split; tests/test_placements.py computes it."""
+    source = (sources() / "model_executor/layers/fused_moe/router/base_router.py").read_text()
+    for line in (
+        "KNUTH_MULTIPLIER = 2654435769",
+        "token_idx = (offs // num_active_experts).to(tl.int64)",
+        "hashed = (token_idx * KNUTH_MULTIPLIER) & 0xFFFFFFFF",
+        "replica_idx = hashed % replica_count",
+    ):
+        assert line in source
+
+
 @pytest.mark.parametrize("file", FIELDS)
 def test_the_fields_are_there(file: str) -> None:
     classes = {n.name: n for n in tree_of(file).body if isinstance(n, ast.ClassDef)}
