@@ -47,11 +47,12 @@ void race_on_placements(const std::string& path) {
   constexpr std::uint32_t kChanges = 4000;
   RecordingWriter writer(with_placements(path));
   std::atomic<bool> done{false};
-  std::atomic<std::uint32_t> next{0};
+  std::uint32_t next = 0;
   std::mutex turns;  // a version is what its placement was made for
   const auto change = [&] {
-    while (next < kChanges) {
+    for (;;) {
       const std::lock_guard<std::mutex> guard(turns);
+      if (next == kChanges) return;
       const std::uint32_t version = next++, layer = version % num_layers();
       const std::uint32_t num_experts = layers()[layer].spec().num_experts;
       require(writer.record_placement({placement_of(version, layer, num_experts)}) == version,
