@@ -18,6 +18,7 @@ using Placed = std::tuple<std::uint32_t, std::uint32_t,
 
 std::int64_t record_placement(RecordingWriter& writer, const std::vector<Placed>& layers) {
   std::vector<LayerPlacement> placements;
+  placements.reserve(layers.size());
   for (const auto& [layer, num_ranks, slots] : layers)
     placements.push_back({layer, num_ranks, {slots.data(), slots.data() + slots.size()}});
   return writer.record_placement(placements);

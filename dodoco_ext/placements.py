@@ -173,14 +173,22 @@ def read_placements(
     recorded = file.placements_recorded()
     if known is not None and known.recorded == recorded:
         return known
-    return Placements(recorded, tuple(_layer(*file.placements(i)) for i in range(num_layers)))
+    before = known.layers if known is not None else (None,) * num_layers
+    return Placements(recorded, tuple(_layer(*file.placements(i), b) for i, b in enumerate(before)))
 
 
 def _layer(
-    entries: Sequence[tuple[int, int, int, int, Counts, NDArray[np.uint32]]], lost: int
+    entries: Sequence[tuple[int, int, int, int, Counts, NDArray[np.uint32]]],
+    lost: int,
+    before: LayerPlacements | None,
 ) -> LayerPlacements:
     found = []
+    # What is derived from a placement is derived once.
+    old = {placement.version: placement for placement in before.kept} if before else {}
     for version, num_ranks, time_ns, iteration, counts, slots in entries:
+        if version in old:
+            found.append(old[version])
+            continue
         words = slots.astype(np.int64)
         empty = slots == _C.EMPTY_SLOT
         experts = np.where(empty, -1, words & 0xFFFF)

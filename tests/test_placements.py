@@ -128,7 +128,10 @@ def test_nothing_is_read_again_where_nothing_changed() -> None:
     found = made.placements()
     assert made.reader.placements(found) is found
     made.recorder.record_placement({0: [0, 1, 2, 3]}, 1)
-    assert made.reader.placements(found) is not found
+    later = made.reader.placements(found)
+    assert later is not None
+    assert later is not found
+    assert later.layers[0].kept[0] is found.layers[0].kept[0]
 
 
 def test_other_recordings_have_no_room_for_it_and_do_not_grow() -> None:
