@@ -28,8 +28,8 @@ class Placement:
         time_ns: When it was recorded, Unix nanoseconds.
         iteration: Of the latest record in the ring at that moment.
         num_ranks: Expert-parallel ranks R.
-        experts: Logical expert in each slot, int64 [P]; -1: empty.
-        ranks: Rank that holds each slot, int64 [P]; -1: empty.
+        experts: Logical expert in each slot, int32 [P]; -1: empty.
+        ranks: Rank that holds each slot, int16 [P]; -1: empty.
         counts: Assignments of each logical expert that the recording had counted by then, uint64 [E].
     """
 
@@ -37,25 +37,25 @@ class Placement:
     time_ns: int
     iteration: int
     num_ranks: int
-    experts: NDArray[np.int64]
-    ranks: NDArray[np.int64]
+    experts: NDArray[np.int32]
+    ranks: NDArray[np.int16]
     counts: Counts
 
     @cached_property
-    def slots_by_rank(self) -> NDArray[np.int64]:
-        """How many slots of each rank hold each expert, int64 [E, R]."""
-        slots = np.zeros((len(self.counts), self.num_ranks), np.int64)
+    def slots_by_rank(self) -> NDArray[np.int32]:
+        """How many slots of each rank hold each expert, int32 [E, R]."""
+        slots = np.zeros((len(self.counts), self.num_ranks), np.int32)
         used = self.experts >= 0
         np.add.at(slots, (self.experts[used], self.ranks[used]), 1)
         return slots
 
-    @property
+    @cached_property
     def replicas(self) -> NDArray[np.int64]:
         """Slots that hold each expert, int64 [E]."""
         replicas: NDArray[np.int64] = self.slots_by_rank.sum(axis=1)
         return replicas
 
-    @cached_property
+    @property
     def placed(self) -> NDArray[np.bool_]:
         """Experts that lie anywhere, [E]."""
         placed: NDArray[np.bool_] = self.replicas > 0
@@ -67,13 +67,13 @@ class Placement:
         split: NDArray[np.bool_] = (self.slots_by_rank > 0).sum(axis=1) > 1
         return split
 
-    @cached_property
-    def shares(self) -> Loads:
-        """Share of each expert's assignments that each rank gets, [E, R], equal for its replicas.
+    def loads_of(self, counts: Counts) -> Loads:
+        """What each rank computes of so many assignments of each expert, [R], equal for its replicas.
 
-        An estimate for experts in `split`. An expert in no slot has no shares.
+        An estimate for experts in `split`. Assignments of an expert in no slot are in no load.
         """
-        return self.slots_by_rank / np.maximum(self.replicas, 1)[:, None]
+        loads: Loads = (counts / np.maximum(self.replicas, 1)) @ self.slots_by_rank
+        return loads
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,7 @@ class LayerPlacements:
         placed = estimated = 0
         for placement, begin, end in self._spans(start, now) if total else ():
             part = np.where(end > begin, end - begin, 0)
-            loads[: placement.num_ranks] += part @ placement.shares
+            loads[: placement.num_ranks] += placement.loads_of(part)
             placed += int(part[placement.placed].sum())
             estimated += int(part[placement.split].sum())
         return Received(loads, estimated, total - placed)
@@ -189,9 +189,8 @@ def _layer(
         if version in old:
             found.append(old[version])
             continue
-        words = slots.astype(np.int64)
         empty = slots == _C.EMPTY_SLOT
-        experts = np.where(empty, -1, words & 0xFFFF)
-        ranks = np.where(empty, -1, words >> 16)
+        experts = np.where(empty, -1, slots & 0xFFFF).astype(np.int32)
+        ranks = np.where(empty, -1, slots >> 16).astype(np.int16)
         found.append(Placement(version, time_ns, iteration, num_ranks, experts, ranks, counts))
     return LayerPlacements(tuple(found), lost)

@@ -265,7 +265,7 @@ def by_the_rule_of_vllm(rows: int, passes: int, seed: int) -> tuple[np.ndarray, 
     """
     rng = np.random.default_rng(seed)
     slots = np.concatenate([np.arange(64), np.arange(16)])
-    ranks = np.arange(80) // 10
+    slots, ranks = slots.astype(np.int32), (np.arange(80) // 10).astype(np.int16)
     placement = Placement(0, 0, 0, 8, slots, ranks, np.zeros(64, np.uint64))
     places = [np.flatnonzero(slots == e) for e in range(64)]
     popular = np.where(np.arange(64) < 16, 3.0, 1.0)
