@@ -42,38 +42,46 @@ class Placement:
     counts: Counts
 
     @cached_property
-    def slots_by_rank(self) -> NDArray[np.int32]:
-        """How many slots of each rank hold each expert, int32 [E, R]."""
-        slots = np.zeros((len(self.counts), self.num_ranks), np.int32)
-        used = self.experts >= 0
-        np.add.at(slots, (self.experts[used], self.ranks[used]), 1)
-        return slots
-
-    @cached_property
     def replicas(self) -> NDArray[np.int64]:
         """Slots that hold each expert, int64 [E]."""
-        replicas: NDArray[np.int64] = self.slots_by_rank.sum(axis=1)
+        experts = self.experts[self.experts >= 0]
+        replicas: NDArray[np.int64] = np.bincount(experts, minlength=len(self.counts))
         return replicas
-
-    @property
-    def placed(self) -> NDArray[np.bool_]:
-        """Experts that lie anywhere, [E]."""
-        placed: NDArray[np.bool_] = self.replicas > 0
-        return placed
 
     @cached_property
     def split(self) -> NDArray[np.bool_]:
         """Experts that lie on several ranks, [E]: which of them computed what is not recorded."""
-        split: NDArray[np.bool_] = (self.slots_by_rank > 0).sum(axis=1) > 1
+        used = self.experts >= 0
+        places = np.unique(self.experts[used].astype(np.int64) * self.num_ranks + self.ranks[used])
+        split: NDArray[np.bool_] = (
+            np.bincount(places // self.num_ranks, minlength=len(self.counts)) > 1
+        )
         return split
 
-    def loads_of(self, counts: Counts) -> Loads:
-        """What each rank computes of so many assignments of each expert, [R], equal for its replicas.
+    def receive(self, counts: Counts) -> Received:
+        """What each rank computes of so many assignments of each expert, [E]; replicas share evenly."""
+        each = counts / np.maximum(self.replicas, 1)
+        experts, ranks = self.experts, self.ranks
+        if self._has_empty_slots:
+            experts, ranks = experts[experts >= 0], ranks[experts >= 0]
+        loads = np.bincount(ranks, weights=each[experts], minlength=self.num_ranks)
+        return Received(
+            np.asarray(loads, np.float64),
+            int(counts[self.split].sum()) if self._has_split else 0,
+            int(counts[self.replicas == 0].sum()) if self._has_unplaced else 0,
+        )
 
-        An estimate for experts in `split`. Assignments of an expert in no slot are in no load.
-        """
-        loads: Loads = (counts / np.maximum(self.replicas, 1)) @ self.slots_by_rank
-        return loads
+    @cached_property
+    def _has_empty_slots(self) -> bool:
+        return bool((self.experts < 0).any())
+
+    @cached_property
+    def _has_split(self) -> bool:
+        return bool(self.split.any())
+
+    @cached_property
+    def _has_unplaced(self) -> bool:
+        return bool((self.replicas == 0).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,24 +129,28 @@ class LayerPlacements:
             before: At the earlier; None: zero.
         """
         start = np.zeros_like(now) if before is None else np.minimum(before, now)
-        total = int((now - start).sum())
-        loads = np.zeros(max((p.num_ranks for p in self.kept), default=1))
-        placed = estimated = 0
-        for placement, begin, end in self._spans(start, now) if total else ():
-            part = np.where(end > begin, end - begin, 0)
-            loads[: placement.num_ranks] += placement.loads_of(part)
-            placed += int(part[placement.placed].sum())
-            estimated += int(part[placement.split].sum())
-        return Received(loads, estimated, total - placed)
+        spans = self._spans(start, now)
+        earlier = int(((spans[0][1] if spans else now) - start).sum())
+        parts = [placement.receive(end - begin) for placement, begin, end in spans]
+        loads = np.zeros(max((placement.num_ranks for placement in self.kept), default=1))
+        for part in parts:
+            loads[: len(part.loads)] += part.loads
+        return Received(
+            loads, sum(p.estimated for p in parts), earlier + sum(p.unplaced for p in parts)
+        )
 
     def _spans(self, start: Counts, now: Counts) -> list[tuple[Placement, Counts, Counts]]:
         """The placements in force between two moments, with the counts when each began and ended."""
-        if self.kept and (self.kept[-1].counts <= start).all():  # nothing changed in between
+        if not self.kept:
+            return []
+        if not (self.kept[-1].counts > start).any():  # nothing changed in between
             return [(self.kept[-1], start, now)]
-        edges = [np.clip(placement.counts, start, now) for placement in self.kept] + [now]
-        if self.kept and self.kept[0].version == 0:
-            edges[0] = start  # it says where experts lay from the beginning
-        return list(zip(self.kept, edges, edges[1:], strict=False))
+        edges = [start]  # each at least the one before, whatever a file says
+        for placement in self.kept:
+            edges.append(np.clip(placement.counts, edges[-1], now))
+        if self.kept[0].version == 0:  # it says where experts lay from the beginning
+            edges[1] = start
+        return list(zip(self.kept, edges[1:], [*edges[2:], now], strict=True))
 
 
 @dataclass(frozen=True, eq=False)

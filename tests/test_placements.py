@@ -249,6 +249,18 @@ def test_what_came_before_the_kept_ones_is_unplaced() -> None:
     assert found.unplaced == 2
 
 
+def test_what_came_before_the_only_one_is_unplaced() -> None:
+    slots, ranks = np.array([0, 1], np.int32), np.array([0, 1], np.int16)
+    only = Placement(5, 0, 0, 2, slots, ranks, np.array([3, 1], np.uint64))
+    layer = LayerPlacements((only,), 4)
+    found = layer.received(np.array([5, 2], np.uint64))
+    assert (found.loads.tolist(), found.unplaced) == ([2, 1], 4)
+    found = layer.received(np.array([5, 2], np.uint64), np.array([4, 1], np.uint64))
+    assert (found.loads.tolist(), found.unplaced) == ([1, 1], 0)
+    none = LayerPlacements((), 0).received(np.array([5, 2], np.uint64))
+    assert (none.loads.tolist(), none.unplaced) == ([0], 7)
+
+
 def test_an_expert_in_no_slot_is_unplaced() -> None:
     made = Placed(layers=1)
     made.recorder.record_placement({0: [0, 1, 2, -1]}, 2)
