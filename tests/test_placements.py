@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dodoco_ext import _C
 from dodoco_ext.errors import InputError, RecordingError
@@ -268,6 +270,33 @@ def test_an_expert_in_no_slot_is_unplaced() -> None:
     found = made.placements().layers[0].received(made.counts())
     assert found.loads.tolist() == [1, 0]
     assert found.unplaced == 1
+
+
+@given(st.data())
+def test_loads_are_those_of_routing_and_moving_in_any_order(data: st.DataObject) -> None:
+    """Without replicas exactly; with them, whatever is not estimated is where it was."""
+    num_ranks = data.draw(st.integers(1, 3), "ranks")
+    kept, counts, exact, split = [], np.zeros(4, np.uint64), np.zeros(3), 0
+    where = np.zeros((4, 3))
+    for version in range(data.draw(st.integers(1, 5), "changes")):
+        experts = np.array([*data.draw(st.permutations(range(4))), 0], np.int32)
+        ranks = np.array(data.draw(st.lists(st.integers(0, num_ranks - 1), min_size=5, max_size=5)))
+        kept.append(
+            Placement(version, 0, 0, num_ranks, experts, ranks.astype(np.int16), counts.copy())
+        )
+        where = np.zeros((4, 3))
+        np.add.at(where, (experts, ranks), 1)
+        part = np.array(data.draw(st.lists(st.integers(0, 9), min_size=4, max_size=4)), np.uint64)
+        counts = counts + part
+        exact += part @ (where / where.sum(axis=1, keepdims=True))
+        split += int(part[(where > 0).sum(axis=1) > 1].sum())
+    layer = LayerPlacements(tuple(kept), 0)
+    found = layer.received(counts)
+    assert found.loads == pytest.approx(exact[:num_ranks])
+    assert (found.estimated, found.unplaced) == (split, 0)
+    middle = kept[len(kept) // 2].counts
+    later = layer.received(counts, middle)
+    assert later.loads + layer.received(middle).loads == pytest.approx(found.loads)
 
 
 def by_the_rule_of_vllm(rows: int, passes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
