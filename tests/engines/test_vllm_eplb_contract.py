@@ -6,6 +6,8 @@ import ast
 import json
 import os
 import subprocess
+import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,26 +36,43 @@ FIELDS = {
 }
 
 
-def sources() -> Path:
-    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
-    return Path(subprocess.check_output([vllm_python(), "-c", code], text=True, timeout=60).strip())
+@cache
+def source_of(release: str, file: str) -> str:
+    """A file of vLLM: of the one that is installed, or out of a wheel in `VLLM_WHEELS`."""
+    if release == "installed":
+        code = (
+            "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
+        )
+        found = subprocess.check_output([vllm_python(), "-c", code], text=True, timeout=60)
+        return (Path(found.strip()) / file).read_text()
+    home = os.environ.get("VLLM_WHEELS", "")
+    wheels = sorted(Path(home).glob(f"vllm-{release}-*.whl")) if home else []
+    if not wheels:
+        pytest.skip(f"no wheel of vllm {release} in VLLM_WHEELS")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return wheel.read(f"vllm/{file}").decode()
 
 
-def tree_of(file: str) -> ast.Module:
-    return ast.parse((sources() / file).read_text())
+def tree_of(release: str, file: str) -> ast.Module:
+    return ast.parse(source_of(release, file))
 
 
-def test_the_functions_that_commit_maps_take_what_is_handed_on() -> None:
-    tree = tree_of("distributed/eplb/eplb_state.py")
+@pytest.fixture(params=["installed", "0.33.0"])
+def release(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_the_functions_that_commit_maps_take_what_is_handed_on(release: str) -> None:
+    tree = tree_of(release, "distributed/eplb/eplb_state.py")
     found = {n.name: n.args for n in tree.body if isinstance(n, ast.FunctionDef)}
     for name, arguments in FUNCTIONS.items():
         assert [a.arg for a in found[name].args] == arguments
         assert not found[name].kwonlyargs
 
 
-def test_only_what_is_known_writes_a_layers_map() -> None:
+def test_only_what_is_known_writes_a_layers_map(release: str) -> None:
     """A third place that changed `physical_to_logical_map` would change it without being recorded."""
-    tree = tree_of("distributed/eplb/eplb_state.py")
+    tree = tree_of(release, "distributed/eplb/eplb_state.py")
     writers = set()
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef):
@@ -67,9 +86,9 @@ def test_only_what_is_known_writes_a_layers_map() -> None:
     assert writers - set(FUNCTIONS) <= {"update_mapping", "step"}
 
 
-def test_the_rule_that_chooses_a_replica_is_the_documented_one() -> None:
+def test_the_rule_that_chooses_a_replica_is_the_documented_one(release: str) -> None:
     """docs/placements.md says how it differs from an even split; tests/test_placements.py computes it."""
-    source = (sources() / "model_executor/layers/fused_moe/router/base_router.py").read_text()
+    source = source_of(release, "model_executor/layers/fused_moe/router/base_router.py")
     for line in (
         "KNUTH_MULTIPLIER = 2654435769",
         "token_idx = (offs // num_active_experts).to(tl.int64)",
@@ -80,8 +99,8 @@ def test_the_rule_that_chooses_a_replica_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("file", FIELDS)
-def test_the_fields_are_there(file: str) -> None:
-    classes = {n.name: n for n in tree_of(file).body if isinstance(n, ast.ClassDef)}
+def test_the_fields_are_there(file: str, release: str) -> None:
+    classes = {n.name: n for n in tree_of(release, file).body if isinstance(n, ast.ClassDef)}
     for name, wanted in FIELDS[file].items():
         body = classes[name].body
         found = {
