@@ -4,8 +4,8 @@ vLLM changes its maps in two functions of `vllm.distributed.eplb.eplb_state`: `_
 at once, and `_commit_eplb_maps_for_layer()`, where weights are moved in the background, a layer a step. Both
 have the new map on the host, so that recording it copies nothing from a device and waits for none.
 
-`tests/engines/test_vllm_eplb_contract.py` holds the sources of 0.32 and 0.33 to what is relied on here. EPLB needs several GPUs:
-it has been run here on the CPU, with stand-ins for groups and weights.
+`tests/engines/test_vllm_eplb_contract.py` holds the sources of 0.32 and 0.33 to what is relied on here.
+EPLB needs several GPUs: it has been run here on the CPU, with stand-ins for groups and weights.
 """
 
 from __future__ import annotations
