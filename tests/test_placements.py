@@ -351,6 +351,7 @@ while True:
 """
 
 
+@pytest.mark.timeout(120)
 def test_a_kill_leaves_whole_placements(tmp_path: Path) -> None:
     """What is read is one of those that were recorded; at most one of each layer is lost."""
     rng = random.Random(20261124)
