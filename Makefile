@@ -106,7 +106,8 @@ gpu-check: ## on a machine with a GPU: build, GPU tests, compute-sanitizer, benc
 # C++ programs of tests/cpp, linked with every file of csrc that is free of Python.
 CORE := $(shell grep -L pybind11 $(filter-out csrc/module.cpp csrc/bind_%,$(wildcard csrc/*.cpp)) /dev/null | grep -v /dev/null)
 SANITIZED := build/sanitize/recording_stress.address build/sanitize/recording_damage.address build/sanitize/recording_stress.thread \
-  build/sanitize/device_stress.address build/sanitize/device_stress.thread
+  build/sanitize/device_stress.address build/sanitize/device_stress.thread \
+  build/sanitize/placement_stress.address build/sanitize/placement_stress.thread
 RACE := build/sanitize/recording_race.plain
 RACE_SECONDS ?= 10
 CPP_TEST_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -pthread \
@@ -118,7 +119,7 @@ build/sanitize/%.plain: tests/cpp/%.cpp $(CPP_FILES)
 	@mkdir -p $(@D)
 	$(CXX) $(CPP_TEST_FLAGS) -O2 -Icsrc $< $(CORE) -ldl -o $@
 
-build/sanitize/recording_stress.%: LINK := $(ONE_MAPPING)
+build/sanitize/recording_stress.% build/sanitize/placement_stress.%: LINK := $(ONE_MAPPING)
 build/sanitize/device_stress.address: LINK := build/sanitize/fake.address/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.address'
 build/sanitize/device_stress.address: build/sanitize/fake.address/libcuda.so.1
 build/sanitize/device_stress.thread: LINK := build/sanitize/fake.thread/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.thread'
