@@ -208,7 +208,10 @@ class Observer:
 
 def _observed(identity: Identity, reader: Reader, state: str, before: Observed | None) -> Observed:
     header, meta = reader.header, reader.metadata
-    unrouted = sum(each.get("routed") is False for each in meta["layers"] if isinstance(each, dict))
+    layers = [each for each in meta["layers"] if isinstance(each, dict)]
+    unrouted = [str(each.get("name")) for each in layers if each.get("routed") is False]
+    # A layer may be there only to say why it is not observed.
+    told = {part["name"] for part in uncovered_of(reader)}
     versions = meta.get("versions")
     version = versions.get("dodoco-ext", "") if isinstance(versions, dict) else ""
     fault = int(header["last_fault"])
@@ -228,8 +231,8 @@ def _observed(identity: Identity, reader: Reader, state: str, before: Observed |
         traffic=reader.traffic(),
         map_version=int(records["map_version"][-1]) if len(records) else known,
         faults=(int(header["num_faults"]), fault_name(fault).lower() if fault else "none"),
-        covered=len(meta["layers"]) - unrouted,
-        uncovered=len(uncovered_of(reader)) + unrouted,
+        covered=len(meta["layers"]) - len(unrouted),
+        uncovered=len(uncovered_of(reader)) + sum(name not in told for name in unrouted),
         world_size=int(header["world_size"]),
         about=(
             run_of(reader),
