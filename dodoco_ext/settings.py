@@ -17,6 +17,9 @@ SUFFIX = ".dodoco"
 SUPERVISED = "supervised"
 """Folder, among a user's recordings, of those whose job `dodoco run --archive` looks after."""
 
+PLUGIN, ALLOWED_PLUGINS = "dodoco", "VLLM_PLUGINS"
+"""The name of vLLM's plugin, and the variable that names the ones it may load; all, where not set."""
+
 TABLE: tuple[tuple[str, str, str], ...] = (
     ("DODOCO", "0", "1: record vLLM servers, by the plugin; `dodoco run` sets it"),
     ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
@@ -136,9 +139,12 @@ def job_name(env: Mapping[str, str]) -> str | None:
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]
 
 
-def variables(*, run: str | None = None, directory: Path | None = None) -> dict[str, str]:
-    """The environment that asks for a run's name, or a folder."""
-    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory}
+def variables(
+    *, run: str | None = None, directory: Path | None = None, plugins: bool | None = None
+) -> dict[str, str]:
+    """The environment that asks for a run's name, a folder, or engines to be recorded."""
+    wanted = None if plugins is None else int(plugins)
+    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory, "DODOCO": wanted}
     return {name: str(value) for name, value in asked.items() if value is not None}
 
 

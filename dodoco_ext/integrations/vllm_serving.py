@@ -29,6 +29,10 @@ log = logging.getLogger("vllm.dodoco")
 
 _KEY = "dodoco"
 
+Watcher = Callable[[Any, LoadedModelAttachment], Callable[[], None]]
+WATCHERS: tuple[Watcher, ...] = ()
+"""What else looks at a served model, given its runner and attachment; each returns how to undo it."""
+
 
 def watch(worker: Any) -> Patch:
     """Starts recording a worker's model as soon as the worker has loaded it.
@@ -56,20 +60,16 @@ class Serving:
     Attributes:
         attachment: The model's.
         drafts: The draft model's, if it routes.
-        patches: Methods of the runner.
+        undo: Takes everything back.
     """
 
     attachment: LoadedModelAttachment
     drafts: LoadedModelAttachment | None
-    patches: tuple[Patch, ...]
+    undo: contextlib.ExitStack
 
     def stop(self) -> None:
         """Leaves the runner as it was."""
-        for patch in self.patches:
-            patch.undo()
-        self.attachment.detach()
-        if self.drafts is not None:
-            self.drafts.detach()
+        self.undo.close()
 
 
 def serve(runner: Any, config: Any) -> Serving | None:
@@ -89,26 +89,31 @@ def serve(runner: Any, config: Any) -> Serving | None:
         return None
     rows, settings = Rows.of(parallel), settings_of(config)
     name = model_name(config)
-    try:
-        attachment = attach_loaded(
-            runner.get_model(),
-            even_if_none=True,
-            enabled=False,
-            select=None if rows.are_all else rows.select,
-            group=group_of(parallel),
-            labels={"model_name": name},
-            settings=settings,
-        )
-    except NothingToObserve as error:
-        log.info("dodoco: nothing is recorded: %s", error)
-        return None
-    drafts = _attach_draft(runner, rows, name, settings)
-    patches = [_count_steps(runner, attachment, rows)]
-    if drafts is not None:
-        patches.append(_count_drafts(runner, drafts))
-    mark_compiled_code(config)
-    _report(attachment, "")
-    return Serving(attachment, drafts, tuple(patches))
+    with contextlib.ExitStack() as undo:
+        try:
+            attachment = attach_loaded(
+                runner.get_model(),
+                even_if_none=True,
+                enabled=False,
+                select=None if rows.are_all else rows.select,
+                group=group_of(parallel),
+                labels={"model_name": name},
+                settings=settings,
+            )
+        except NothingToObserve as error:
+            log.info("dodoco: nothing is recorded: %s", error)
+            return None
+        undo.callback(attachment.detach)
+        undo.callback(_count_steps(runner, attachment, rows).undo)
+        drafts = _attach_draft(runner, rows, name, settings)
+        if drafts is not None:
+            undo.callback(drafts.detach)
+            undo.callback(_count_drafts(runner, drafts).undo)
+        for watcher in WATCHERS:
+            undo.callback(watcher(runner, attachment))
+        mark_compiled_code(config)
+        report(attachment)
+        return Serving(attachment, drafts, undo.pop_all())
 
 
 def model_name(config: Any) -> str:
@@ -178,7 +183,7 @@ def _attach_draft(
         )
     except NothingToObserve:
         return None  # most draft models have no experts
-    _report(attachment, " of the draft model")
+    report(attachment, " of the draft model")
     return attachment
 
 
@@ -232,8 +237,8 @@ def _failed(attachment: LoadedModelAttachment, error: Exception) -> None:
         attachment.detach()
 
 
-def _report(attachment: LoadedModelAttachment, of_what: str) -> None:
-    """The one line at start."""
+def report(attachment: LoadedModelAttachment, of_what: str = "") -> None:
+    """The one line at start: how many layers are covered, and which are not and why."""
     missing = attachment.uncovered
     covered = attachment.num_covered
     text = f"dodoco: {covered}/{covered + len(missing)} layers{of_what} covered"

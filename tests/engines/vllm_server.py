@@ -82,7 +82,9 @@ class Server:
     @property
     def lines(self) -> list[str]:
         """What the plugin logged."""
-        return [line.partition("dodoco: ")[2] for line in self.log.splitlines() if "dodoco: " in line]
+        return [
+            line.partition("dodoco: ")[2] for line in self.log.splitlines() if "dodoco: " in line
+        ]
 
     @property
     def recordings(self) -> list[Path]:
@@ -135,7 +137,9 @@ def passed(answer: Mapping[str, Any], *, cached: bool = False) -> int:
     usage = answer["usage"]
     total = int(usage["prompt_tokens"]) + int(usage["completion_tokens"])
     details = usage.get("prompt_tokens_details") or {}
-    return total - len(answer["choices"]) - (int(details.get("cached_tokens") or 0) if cached else 0)
+    return (
+        total - len(answer["choices"]) - (int(details.get("cached_tokens") or 0) if cached else 0)
+    )
 
 
 @contextlib.contextmanager
@@ -164,7 +168,17 @@ def serving(
         port = free.getsockname()[1]
     command = [
         *(launch or ()),
-        *(vllm_python(), "-m", MODULE, "--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
+        *(
+            vllm_python(),
+            "-m",
+            MODULE,
+            "--model",
+            str(model),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ),
         *("--served-model-name", NAME, "--dtype", "float32", "--max-model-len", "512"),
         *("--chat-template", CHAT, "--kv-cache-memory-bytes", str(64 << 20)),
         *options,
@@ -189,11 +203,9 @@ def serving(
         _wait(server)
         yield server
     finally:
-        server.kill(signal.SIGTERM)
-        try:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            pass
         server.kill()
         process.wait(30)
 
@@ -202,8 +214,10 @@ def _wait(server: Server) -> None:
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         assert server.process.poll() is None, server.log[-4000:]
-        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
-                return
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError),
+            urllib.request.urlopen(f"{server.url}/health", timeout=5),
+        ):
+            return
         time.sleep(0.3)
     pytest.fail(f"the server did not start in {START_S} s: {server.log[-4000:]}")
