@@ -12,25 +12,22 @@ plugin does (`vllm_plugin`), and says which passes are traffic (`vllm_serving`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import ops
 from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import NothingToObserve
 from dodoco_ext.integrations.places import place_of, why_not_there
+from dodoco_ext.integrations.vllm_slot import Select, Slot
 from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
 from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
-
-Capture = Callable[[torch.Tensor], None]
-Select = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +62,9 @@ def find_layers(model: torch.nn.Module) -> tuple[list[MoELayer], list[Uncovered]
     uncovered: list[Uncovered] = []
     for name, module in model.named_modules():
         if not isinstance(module, MoERunner):
+            if "capture_fn" in vars(module):  # which vLLM asks such kernels for
+                reason = f"{type(module).__name__} is a kernel that chooses the experts itself"
+                uncovered.append(Uncovered(name, reason))
             continue
         router = module.router
         # The router itself counts the replicas of a load balancer as experts.
@@ -100,7 +100,7 @@ class LoadedModelAttachment:
         self.layers = recorder.layers
         self.reader = Reader(recorder.path)
         self._recorder = recorder
-        self._installed: list[tuple[Any, Capture, Capture | None]] = []
+        self._slots: list[Slot] = []
         self._sites: list[int] = []
         refused = []
         for index, layer in enumerate(layers):
@@ -108,10 +108,7 @@ class LoadedModelAttachment:
                 refused.append(Uncovered(layer.name, reason))
                 continue
             site = ops.make_site(recorder, index, layer.place)
-            before = layer.router.capture_fn
-            capture = _capture(site, before, select)
-            layer.router.set_capture_fn(capture)
-            self._installed.append((layer.router, capture, before))
+            self._slots.append(Slot(layer.router, site, select))
             self._sites.append(site.data_ptr())
         self.uncovered = (*recorder.uncovered, *refused)
 
@@ -165,13 +162,11 @@ class LoadedModelAttachment:
 
     def detach(self) -> None:
         """Takes the recorder out of every router and closes the recording. Idempotent."""
-        for router, capture, before in self._installed:
-            # Somebody who came later and calls ours keeps it: without its site it records nothing.
-            if router.capture_fn is capture:
-                router.set_capture_fn(before)
+        for slot in self._slots:
+            slot.release()
         for address in self._sites:
             ops.release_site(address)
-        self._installed.clear()
+        self._slots.clear()
         self._sites.clear()
         self._recorder.close()
 
@@ -233,16 +228,3 @@ def attach_loaded(
     if not enabled:
         recorder.set("enabled", 0)
     return LoadedModelAttachment(layers, recorder, select)
-
-
-def _capture(site: torch.Tensor, before: Capture | None, select: Select | None) -> Capture:
-    def capture(ids: torch.Tensor) -> None:
-        if before is not None:
-            before(ids)
-        if select is not None:
-            ids = select(ids)
-        # Both report what they cannot record, and neither raises.
-        if is_dynamo_compiling() or not ops.direct_ids(ids, site):
-            ops.route_ids(ids, site)
-
-    return capture

@@ -20,31 +20,27 @@ def register() -> None:
         before(self, *args, **kwargs)
         if ".layers.1." in self.layer_name:
             method = self.quant_method
-            method.__class__ = type("MonolithicMethod", (_Monolithic, type(method)), {})
+            changed = {"is_monolithic": property(is_monolithic), "apply_monolithic": apply}
+            method.__class__ = type("MonolithicMethod", (type(method),), changed)
 
     RoutedExperts.__init__ = initialise
 
 
-class _Monolithic:
-    _inside = False
+def is_monolithic(method: Any) -> bool:
+    return not vars(method).get("_inside", False)
 
-    @property
-    def is_monolithic(self) -> bool:
-        return not self._inside
 
-    def apply_monolithic(
-        self, layer: Any, x: Any, router_logits: Any, input_ids: Any = None
-    ) -> Any:
-        weights, ids = torch.topk(router_logits.softmax(-1, dtype=torch.float32), TOP_K)
-        self._inside = True
-        try:
-            return self.apply(  # type: ignore[attr-defined]
-                layer=layer,
-                x=x,
-                topk_weights=weights / weights.sum(-1, keepdim=True),
-                topk_ids=ids.to(torch.int32),
-                shared_experts=None,
-                shared_experts_input=None,
-            )
-        finally:
-            self._inside = False
+def apply(method: Any, layer: Any, x: Any, router_logits: Any, input_ids: Any = None) -> Any:
+    weights, ids = torch.topk(router_logits.softmax(-1, dtype=torch.float32), TOP_K)
+    vars(method)["_inside"] = True
+    try:
+        return method.apply(
+            layer=layer,
+            x=x,
+            topk_weights=weights / weights.sum(-1, keepdim=True),
+            topk_ids=ids.to(torch.int32),
+            shared_experts=None,
+            shared_experts_input=None,
+        )
+    finally:
+        vars(method)["_inside"] = False
