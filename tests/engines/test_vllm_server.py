@@ -18,7 +18,7 @@ from dodoco_ext import cli
 from dodoco_ext.counters import Snapshot
 from shown import show_json
 from vllm_models import LAYERS, SHAPES, TOP_K, build
-from vllm_server import NAME, Server, passed, serving, site_of
+from vllm_server import NAME, Server, add_plugin, passed, serving, site_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -199,7 +199,7 @@ def test_a_kernel_that_routes_by_itself_is_reported_and_not_shown_as_zeros(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    install_stand_in(site_of(tmp_path))
+    add_plugin(site_of(tmp_path), Path(__file__).with_name("vllm_monolithic.py"))
     with serving(checkpoint, tmp_path, "--enforce-eager", "--no-enable-prefix-caching") as server:
         answer = server.complete(PROMPTS[0])
         (line,) = server.lines
@@ -219,14 +219,3 @@ def test_a_kernel_that_routes_by_itself_is_reported_and_not_shown_as_zeros(
         (found,) = [check for check in checks if "not observed" in check["value"]]
         assert found["status"] == "warning"
         assert reason in found["value"]
-
-
-def install_stand_in(site: Path) -> None:
-    """The plugin of `vllm_monolithic.py`, as if a package with it were installed."""
-    (site / "vllm_monolithic.py").symlink_to(Path(__file__).with_name("vllm_monolithic.py"))
-    meta = site / "vllm_monolithic-1.0.dist-info"
-    meta.mkdir()
-    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-monolithic\nVersion: 1.0\n")
-    (meta / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nmonolithic = vllm_monolithic:register\n"
-    )

@@ -63,6 +63,17 @@ def site_of(folder: Path) -> Path:
     return here
 
 
+def add_plugin(site: Path, module: Path) -> None:
+    """Makes `register()` of a module one more plugin of vLLM, as if a package with it were installed."""
+    name = module.stem
+    (site / module.name).symlink_to(module)
+    meta = site / f"{name}-1.0.dist-info"
+    meta.mkdir()
+    title = name.replace("_", "-")
+    (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {title}\nVersion: 1.0\n")
+    (meta / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{name} = {name}:register\n")
+
+
 class Server:
     """A running server.
 
