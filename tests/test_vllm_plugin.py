@@ -21,6 +21,7 @@ from dodoco_ext.integrations import vllm_plugin, vllm_serving
 from dodoco_ext.integrations.vllm_rows import Rows, why_not
 from dodoco_ext.integrations.vllm_serving import Serving, serve
 from dodoco_ext.settings import Settings
+from dodoco_ext.vllm_versions import is_supported
 from vllm_stubs import (
     TOP_K,
     Group,
@@ -343,7 +344,7 @@ def test_another_version_is_left_untouched_with_one_line(
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1"])
 def test_builds_of_a_supported_version_are(version: str) -> None:
-    assert vllm_plugin.is_supported(version)
+    assert is_supported(version)
 
 
 def test_off_the_plugin_imports_nothing_heavy() -> None:

@@ -8,7 +8,6 @@ records is imported there (`vllm_serving`). Whatever fails of ours, the server r
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -16,7 +15,8 @@ from importlib import import_module
 from typing import Any
 
 from dodoco_ext import settings
-from dodoco_ext.integrations.vllm_symbols import EXECUTED, SUPPORTED, WORKER
+from dodoco_ext.integrations.vllm_symbols import WORKER
+from dodoco_ext.vllm_versions import is_supported, why_unsupported
 
 # vLLM's logging shows what is logged below its own name, and nothing else.
 log = logging.getLogger("vllm.dodoco")
@@ -37,18 +37,6 @@ def register() -> None:
         _wrap(getattr(module, WORKER.name), "init_device", _prepare)
     except Exception as error:  # telemetry never takes down its host
         log.warning("dodoco: nothing is recorded: %s: %s", type(error).__name__, error)
-
-
-def is_supported(version: str) -> bool:
-    """Whether a version of vLLM is one whose names were checked; builds of it are, such as `+cpu`."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) in SUPPORTED
-
-
-def why_unsupported(version: str) -> str:
-    """One line about a version that is not supported."""
-    known = " and ".join(f"{major}.{minor}" for major, minor in SUPPORTED)
-    return f"vLLM {version} is not one of those supported ({known}; {EXECUTED} is tested)"
 
 
 def _wrap(cls: type, name: str, before: Callable[[Any], None]) -> None:

@@ -1,20 +1,12 @@
 """The names of vLLM that the plugin relies on. Nothing of vLLM is imported here.
 
-Tests check every one of them against the sources of the releases named here; the rest of vLLM may change.
+Tests check every one of them against the sources of the releases of `vllm_versions`; the rest of vLLM may
+change.
 """
 
 from __future__ import annotations
 
 from dodoco_ext.integrations.symbols import Symbol
-
-EXECUTED = "0.32.0"
-"""The release that tests run."""
-
-CHECKED = ("0.32.0", "0.33.0")
-"""Releases whose sources are checked for the names below."""
-
-SUPPORTED = ((0, 32), (0, 33))
-"""Major and minor numbers of the releases that the plugin records; it leaves all others untouched."""
 
 _MOE = "model_executor/layers/fused_moe"
 _RUNNER_METHODS = (

@@ -17,7 +17,8 @@ import pytest
 from contracts import attributes_of, calls_in, class_in, line_in, methods_of
 from dodoco_ext.integrations import vllm_symbols as symbols
 from dodoco_ext.integrations.symbols import Symbol
-from dodoco_ext.integrations.vllm_symbols import CHECKED, EXECUTED, SYMBOLS
+from dodoco_ext.integrations.vllm_symbols import SYMBOLS
+from dodoco_ext.vllm_versions import CHECKED, EXECUTED
 from vllm_server import vllm_python
 
 pytestmark = pytest.mark.engine

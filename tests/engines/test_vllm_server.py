@@ -18,7 +18,7 @@ from dodoco_ext import cli
 from dodoco_ext.counters import Snapshot
 from shown import show_json
 from vllm_models import LAYERS, SHAPES, TOP_K, build
-from vllm_server import NAME, Server, add_plugin, passed, serving, site_of
+from vllm_server import NAME, Server, add_plugin, passed, serving, site_of, vllm_python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -186,10 +186,19 @@ def test_compiled_code_with_the_plugin_and_without_is_kept_apart(
 
 @pytest.mark.parametrize("name", sorted(set(SHAPES) - {"qwen3_moe"}))
 def test_other_families_are_counted_exactly(name: str, tmp_path: Path) -> None:
+    """Started by `dodoco run`, which is all that it takes."""
     model = build(name, tmp_path / "model")
-    with serving(model, tmp_path, "--enforce-eager", "--no-enable-prefix-caching") as server:
+    with serving(
+        model,
+        tmp_path,
+        "--enforce-eager",
+        "--no-enable-prefix-caching",
+        environ={"DODOCO": None, "VLLM_PLUGINS": "lora_filesystem_resolver"},
+        launch=[vllm_python(), "-m", "dodoco_ext", "run", "--run", "mine", "--"],
+    ) as server:
         answers = [server.complete(prompt) for prompt in PROMPTS[:3]]
         assert_counted(None, server.settled(), sum(map(passed, answers)), SHAPES[name].moe_layers)
+        assert server.reader.path.name.startswith("mine.")
     assert f"{LAYERS}/{LAYERS} layers covered" in server.lines[0]
 
 

@@ -159,7 +159,7 @@ def serving(
     folder: Path,
     *options: str,
     cache: Path | None = None,
-    environ: Mapping[str, str] | None = None,
+    environ: Mapping[str, str | None] | None = None,
     launch: Sequence[str] | None = None,
 ) -> Iterator[Server]:
     """Starts a server, waits until it answers, and ends it with all its processes.
@@ -169,7 +169,7 @@ def serving(
         folder: For its recordings, its log, and its cache where none is given.
         options: Of `vllm serve`, beyond the common ones.
         cache: Its cache of compiled code.
-        environ: Variables to set; `DODOCO=1` unless they say otherwise.
+        environ: Variables to set, or with None to leave out; `DODOCO=1` unless they say otherwise.
         launch: A command that runs the server's.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def serving(
         *options,
     ]
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DODOCO", "PYTHONPATH"))}
-    settings = {
+    wanted = {
         **kept,
         **QUIET,
         "PYTHONPATH": str(site_of(folder)),
@@ -204,6 +204,7 @@ def serving(
         "DODOCO": "1",
         **(environ or {}),
     }
+    settings = {name: value for name, value in wanted.items() if value is not None}
     log = folder / "server.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
