@@ -32,12 +32,12 @@ from dodoco_ext.recording import Reader  # noqa: E402
 from vllm_models import build  # noqa: E402
 from vllm_server import Server, add_plugin, serving, site_of  # noqa: E402
 
-CLIENTS, REQUESTS, TOKENS, LIMIT = 4, 3, 100, 1.03
+CLIENTS, REQUESTS, TOKENS, LIMIT = 4, 1, 50, 1.03
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--model", default="qwen3_moe")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()

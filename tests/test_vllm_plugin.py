@@ -20,7 +20,9 @@ import torch
 from dodoco_ext.integrations import vllm_plugin, vllm_serving
 from dodoco_ext.integrations.vllm_rows import Rows, why_not
 from dodoco_ext.integrations.vllm_serving import Serving, serve
+from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
+from dodoco_ext.sources import find
 from dodoco_ext.vllm_versions import is_supported
 from vllm_stubs import (
     TOP_K,
@@ -275,6 +277,22 @@ def test_what_fails_of_ours_leaves_the_runner_as_it_was(
     assert "execute_model" not in vars(runner)
     assert all(layer.router.capture_fn is None for layer in runner.model)
     patch.undo()
+
+
+def test_a_worker_that_loads_again_is_recorded_once() -> None:
+    runner = Runner1()
+    loads = Loads(runner)
+    vllm_serving.watch(loads.worker)
+    loads.load_model()
+    first = runner.model[0].router.capture_fn
+    loads.load_model()
+    assert runner.model[0].router.capture_fn is not first
+    runner.execute_model(scheduled(3))
+    found = [Reader(listed.path) for listed in find(Settings.from_environment().directories())]
+    assert sorted((each.state, each.snapshot().layers[0].tokens) for each in found) == [
+        ("closed", 0),
+        ("live", 3),
+    ]
 
 
 def test_a_setting_that_is_refused_ends_recording_and_not_the_step(

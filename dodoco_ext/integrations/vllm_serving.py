@@ -41,10 +41,15 @@ def watch(worker: Any) -> Patch:
         worker: vLLM's worker of this process, without a model yet.
     """
 
+    served: list[Serving] = []
+
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = patch.call(self, *args, **kwargs)
         try:
-            serve(self.model_runner, self.vllm_config)
+            while served:  # a worker that loads another model
+                served.pop().stop()
+            if (serving := serve(self.model_runner, self.vllm_config)) is not None:
+                served.append(serving)
         except Exception as error:  # telemetry never takes down its host
             log.warning("dodoco: nothing is recorded: %s: %s", type(error).__name__, error)
         return result

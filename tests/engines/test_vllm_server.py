@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 
 from dodoco_ext import cli
 from dodoco_ext.counters import Snapshot
+from dodoco_ext.recording import Reader
 from shown import show_json
 from vllm_models import LAYERS, SHAPES, TOP_K, build
 from vllm_server import NAME, Server, add_plugin, passed, serving, site_of, vllm_python
@@ -184,22 +185,30 @@ def test_compiled_code_with_the_plugin_and_without_is_kept_apart(
     assert len(kept) == 2, "one with the plugin, one without"
 
 
-@pytest.mark.parametrize("name", sorted(set(SHAPES) - {"qwen3_moe"}))
-def test_other_families_are_counted_exactly(name: str, tmp_path: Path) -> None:
-    """Started by `dodoco run`, which is all that it takes."""
+@pytest.mark.parametrize(("name", "ranks"), [("mixtral", 2), ("deepseek_v2", 1), ("gpt_oss", 1)])
+def test_other_families_are_counted_exactly(name: str, ranks: int, tmp_path: Path) -> None:
+    """Started by `dodoco run`, which is all that it takes; one of them on two tensor-parallel ranks."""
     model = build(name, tmp_path / "model")
     with serving(
         model,
         tmp_path,
-        "--enforce-eager",
-        "--no-enable-prefix-caching",
+        *("--enforce-eager", "--no-enable-prefix-caching", "--tensor-parallel-size", str(ranks)),
         environ={"DODOCO": None, "VLLM_PLUGINS": "lora_filesystem_resolver"},
         launch=[vllm_python(), "-m", "dodoco_ext", "run", "--run", "mine", "--"],
     ) as server:
         answers = [server.complete(prompt) for prompt in PROMPTS[:3]]
-        assert_counted(None, server.settled(), sum(map(passed, answers)), SHAPES[name].moe_layers)
-        assert server.reader.path.name.startswith("mine.")
-    assert f"{LAYERS}/{LAYERS} layers covered" in server.lines[0]
+        server.settled_all()
+        readers = [Reader(path) for path in server.recordings]
+        assert [reader.header["rank"] for reader in readers] == list(range(ranks))
+        assert all(reader.path.name.startswith("mine.") for reader in readers)
+        seen = [reader.snapshot().layers for reader in readers]
+        assert all(len(layers) == SHAPES[name].moe_layers for layers in seen)
+        for layer in zip(*seen, strict=True):
+            assert sum(part.tokens for part in layer) == sum(map(passed, answers))
+            assert all(int(part.counts.sum()) == part.tokens * TOP_K for part in layer)
+            assert all(part.tokens for part in layer), "each rank counts its share"
+    covered = [line for line in server.lines if f"{LAYERS}/{LAYERS} layers covered" in line]
+    assert len(covered) == ranks
 
 
 def test_a_kernel_that_routes_by_itself_is_reported_and_not_shown_as_zeros(

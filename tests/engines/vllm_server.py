@@ -126,16 +126,22 @@ class Server:
             "/v1/completions", prompt=prompt, max_tokens=max_tokens, ignore_eos=True, **body
         )
 
-    def settled(self, patience_s: float = 5.0) -> Snapshot:
-        """The counters once they stand still."""
-        until, last = time.monotonic() + patience_s, self.snapshot()
+    def settled(self) -> Snapshot:
+        """The counters of the only recording, once they stand still."""
+        (path,) = self.recordings
+        self.settled_all()
+        return Reader(path).snapshot()
+
+    def settled_all(self, patience_s: float = 10.0) -> None:
+        """Waits until the counters of all recordings stand still."""
+        readers = [Reader(path) for path in self.recordings]
+        until, last = time.monotonic() + patience_s, None
         while time.monotonic() < until:
-            time.sleep(0.2)
-            now = self.snapshot()
-            if [layer.tokens for layer in now.layers] == [layer.tokens for layer in last.layers]:
-                return now
+            now = [[layer.tokens for layer in r.snapshot().layers] for r in readers]
+            if now == last:
+                return
             last = now
-        return last
+            time.sleep(0.2)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the whole group of its processes, which are in a session of their own."""
