@@ -6,34 +6,26 @@ and draft models are seen here only.
 
 from __future__ import annotations
 
-import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from dodoco_ext.integrations import vllm_plugin, vllm_serving
-from dodoco_ext.integrations.vllm_rows import Rows, why_not
+from dodoco_ext.integrations import vllm_serving
+from dodoco_ext.integrations.vllm_rows import why_not
 from dodoco_ext.integrations.vllm_serving import Serving, serve
-from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
-from dodoco_ext.sources import find
-from dodoco_ext.vllm_versions import is_supported
 from vllm_stubs import (
     TOP_K,
     Group,
     Runner,
     Runner1,
     Runner2,
-    WorkerWrapperBase,
     config,
-    ids_of,
     install,
+    listening,
     parallel,
     scheduled,
 )
@@ -48,17 +40,8 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """The lines of the plugin, as they come."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("vllm.dodoco")
-    level = log.level
-    log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    yield lines
-    log.removeHandler(handler)
-    log.setLevel(level)
+    with listening() as lines:
+        yield lines
 
 
 def served(runner: Runner, **changes: Any) -> Serving:
@@ -137,41 +120,6 @@ def test_a_draft_model_is_recorded_apart(kind: type[Runner]) -> None:
     labels = [one.reader.metadata["labels"] for one in (serving.attachment, serving.drafts)]
     assert labels == [{"model_name": "tiny"}, {"model_name": "tiny (draft)"}]
     serving.stop()
-
-
-@pytest.mark.parametrize("scheduled_tokens", [0, 1, 4, 5, 7])
-def test_ranks_of_tensor_parallelism_count_each_token_once(scheduled_tokens: int) -> None:
-    """All of them route the same rows, padded alike."""
-    size, padded = 4, 8
-    chosen = ids_of(padded)
-    rows = [Rows(rank, size) for rank in range(size)]
-    own = [rank.select(chosen)[: rank.num_valid(scheduled_tokens)] for rank in rows]
-    got = sorted(map(tuple, torch.cat(own).tolist()))
-    assert got == sorted(map(tuple, chosen[:scheduled_tokens].tolist()))
-
-
-@pytest.mark.parametrize("gathered", [True, False])
-def test_ranks_of_data_parallelism_count_their_own_rows(
-    gathered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = [3, 5, 2]
-    install(monkeypatch, sizes=sizes)
-    everything = torch.arange(sum(sizes))[:, None]
-    own = everything.split(sizes)
-    for rank, mine in enumerate(own):
-        rows = Rows(dp_rank=rank, dp_size=len(sizes))
-        assert rows.select(everything if gathered else mine).tolist() == mine.tolist()
-
-
-def test_a_rank_among_both_counts_its_share_of_its_own_rows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    sizes = [8, 4]
-    install(monkeypatch, sizes=sizes, groups={"tp": Group([2, 3], 1)})
-    rows = Rows.of(parallel(tensor_parallel_size=2, data_parallel_size=2, data_parallel_rank=1))
-    assert rows == Rows(tp_rank=1, tp_size=2, dp_rank=1, dp_size=2)
-    assert rows.select(torch.arange(12)[:, None]).flatten().tolist() == [9, 11]
-    assert rows.num_valid(3) == 1
 
 
 def test_a_server_with_expert_parallelism_names_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,22 +227,6 @@ def test_what_fails_of_ours_leaves_the_runner_as_it_was(
     patch.undo()
 
 
-def test_a_worker_that_loads_again_is_recorded_once() -> None:
-    runner = Runner1()
-    loads = Loads(runner)
-    vllm_serving.watch(loads.worker)
-    loads.load_model()
-    first = runner.model[0].router.capture_fn
-    loads.load_model()
-    assert runner.model[0].router.capture_fn is not first
-    runner.execute_model(scheduled(3))
-    found = [Reader(listed.path) for listed in find(Settings.from_environment().directories())]
-    assert sorted((each.state, each.snapshot().layers[0].tokens) for each in found) == [
-        ("closed", 0),
-        ("live", 3),
-    ]
-
-
 def test_a_setting_that_is_refused_ends_recording_and_not_the_step(
     told: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,68 +242,6 @@ def test_a_setting_that_is_refused_ends_recording_and_not_the_step(
     assert sum("recording ends" in line for line in told) == 1
     assert serving.attachment.recorder.closed
     serving.stop()
-
-
-class Loads(WorkerWrapperBase):
-    """A worker's process, from its start to a loaded model."""
-
-    def __init__(self, runner: Runner) -> None:
-        class Worker:
-            model_runner, vllm_config = runner, config()
-
-            def init_device(self) -> None:
-                pass
-
-            def load_model(self) -> None:
-                pass
-
-        self.worker = Worker()
-
-    def load(self) -> None:
-        self.init_device()
-        self.load_model()
-
-
-@pytest.mark.parametrize("wanted", ["1", "0"])
-def test_the_plugin_records_a_worker_where_it_is_asked_to(
-    wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(WorkerWrapperBase, "init_device", WorkerWrapperBase.init_device)
-    monkeypatch.setenv("DODOCO", wanted)
-    vllm_plugin.register()
-    vllm_plugin.register()
-    runner = Runner1()
-    Loads(runner).load()
-    runner.execute_model(scheduled(4))
-    assert (runner.model[0].router.capture_fn is not None) is (wanted == "1")
-
-
-@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0", "unknown"])
-def test_another_version_is_left_untouched_with_one_line(
-    version: str, monkeypatch: pytest.MonkeyPatch, told: list[str]
-) -> None:
-    install(monkeypatch, version=version)
-    monkeypatch.setenv("DODOCO", "1")
-    before = WorkerWrapperBase.init_device
-    vllm_plugin.register()
-    assert WorkerWrapperBase.init_device is before
-    (line,) = told
-    assert line.startswith(f"dodoco: nothing is recorded: vLLM {version} is not one of those ")
-    assert line.endswith("(0.32 and 0.33; 0.32.0 is tested)")
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.33.0rc1"])
-def test_builds_of_a_supported_version_are(version: str) -> None:
-    assert is_supported(version)
-
-
-def test_off_the_plugin_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; from dodoco_ext.integrations.vllm_plugin import register; register();"
-        "print([name for name in ('torch', 'numpy', 'vllm', 'triton') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[]\n", done.stderr
 
 
 def test_ranks_of_one_server_share_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

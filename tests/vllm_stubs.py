@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -63,6 +65,21 @@ class WorkerWrapperBase:
         if name == "worker":
             raise AttributeError(name)
         return getattr(self.worker, name)
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """The lines of the plugin, as they come."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("vllm.dodoco")
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    yield lines
+    log.removeHandler(handler)
+    log.setLevel(level)
 
 
 class Group:

@@ -40,7 +40,6 @@ def watch(worker: Any) -> Patch:
     Args:
         worker: vLLM's worker of this process, without a model yet.
     """
-
     served: list[Serving] = []
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
