@@ -55,8 +55,8 @@ check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 list-checks:
 	@echo $(CHECKS)
 
-engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/megatron/.installed ## tests against real engines
-	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" MEGATRON_HOME="$(CURDIR)/build/megatron" \
+engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/vllm-wheels/.downloaded build/megatron/.installed ## tests against real engines
+	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" VLLM_WHEELS="$(CURDIR)/build/vllm-wheels" MEGATRON_HOME="$(CURDIR)/build/megatron" \
 	  MEGATRON_WHEELS="$(CURDIR)/build/megatron/wheels" $(BIN)/pytest -rs tests/engines
 
 
@@ -286,6 +286,16 @@ build/vllm/.installed: $(TORCH_STAMP)
 	@rm -rf build/vllm && $(PYTHON) -m venv build/vllm
 	@build/vllm/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) $(VLLM)
 	@build/vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+# The wheel of another release is only read (tests/engines/test_vllm_contract.py): it is of CUDA, and large.
+VLLM_CHECKED ?= vllm==0.33.0
+build/vllm-wheels/.downloaded: $(TORCH_STAMP)
+	@echo "downloading $(VLLM_CHECKED) into build/vllm-wheels (once)"
+	@rm -rf build/vllm-wheels && mkdir -p build/vllm-wheels
+	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_31_x86_64 -d build/vllm-wheels $(VLLM_CHECKED) \
+	  || echo "no wheel of $(VLLM_CHECKED): its names are not checked"
 	@touch $@
 
 # Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.

@@ -212,18 +212,21 @@ class Observer:
 
 def _observed(identity: Identity, reader: Reader, state: str, before: Observed | None) -> Observed:
     header, meta = reader.header, reader.metadata
-    unrouted = sum(each.get("routed") is False for each in meta["layers"] if isinstance(each, dict))
+    layers = [each for each in meta["layers"] if isinstance(each, dict)]
+    unrouted = [str(each.get("name")) for each in layers if each.get("routed") is False]
+    # A layer may be there only to say why it is not observed.
+    told = {part["name"] for part in uncovered_of(reader)}
     versions = meta.get("versions")
     version = versions.get("dodoco-ext", "") if isinstance(versions, dict) else ""
     placements = reader.placements(before.placements if before else None)
     ends = tuple(max(end - _LOOK_BACK, 0) for end in reader.cursor())
     records = reader.read(ends)[0]
     records = records[records["type"] == ROUTE]
-    version = before.map_version if before else None
+    map_version = before.map_version if before else None
     if placements is not None:
-        version = placements.changes
+        map_version = placements.changes
     elif len(records):
-        version = int(records["map_version"][-1])
+        map_version = int(records["map_version"][-1])
     return Observed(
         identity=identity,
         reader=reader,
@@ -234,11 +237,11 @@ def _observed(identity: Identity, reader: Reader, state: str, before: Observed |
         layers=layer_labels(reader),
         snapshot=reader.snapshot(),
         traffic=reader.traffic(),
-        map_version=version,
+        map_version=map_version,
         placements=placements,
         faults=faults_by_reason(header),
-        covered=len(meta["layers"]) - unrouted,
-        uncovered=len(uncovered_of(reader)) + unrouted,
+        covered=len(meta["layers"]) - len(unrouted),
+        uncovered=len(uncovered_of(reader)) + sum(name not in told for name in unrouted),
         world_size=int(header["world_size"]),
         about=(
             run_of(reader),
