@@ -25,7 +25,8 @@ class Figures:
     Attributes:
         gini, gini_interval: Gini, passes of whole sequences resampled.
         null_gini, null_gini_band: Its expectation under uniform routing, and 95 % of single passes.
-        corrected_gini, corrected_gini_interval: Without what chance adds (`nulls.gini_noise`).
+        corrected_gini, corrected_gini_interval: Without what chance adds (`nulls.corrected_gini`, given
+            the loads of all passes).
         max_over_mean, max_over_mean_interval: Largest over mean.
         null_max_over_mean, null_max_over_mean_band: As of Gini.
         window_gini: Gini of the counts of all passes together.
@@ -74,6 +75,9 @@ class Layer:
         unused_experts: Experts without any.
         experts: Imbalance over experts.
         ranks: Over EP ranks that hold equal contiguous runs of experts; None where E cannot be split.
+        pass_gini: Gini over experts of each pass, draw by draw.
+        pass_tokens: Tokens of a pass.
+        noise: What chance adds to the mean of squared `pass_gini` (`nulls.gini_noise`).
     """
 
     name: str
@@ -83,6 +87,9 @@ class Layer:
     unused_experts: int
     experts: Figures
     ranks: Figures | None
+    pass_gini: list[float]
+    pass_tokens: int
+    noise: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,7 @@ class GridCell:
         loss: Mean cost of a token, nats.
         experts, ranks, draws: All layers together.
         layers: One a layer, in execution order.
+        ep_scan: Imbalance over ranks against their number (`ep_scan.EpScan`).
     """
 
     model: str
@@ -113,6 +121,7 @@ class GridCell:
     ranks: Figures | None
     draws: Draws
     layers: list[Layer]
+    ep_scan: Any = None
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,10 @@ class Curve:
 
     Attributes:
         tokens: Tokens in a histogram.
-        gini, null_gini, corrected_gini: As in `Figures`.
-        gini_interval, null_gini_band, corrected_gini_interval: As in `Figures`.
+        gini, gini_interval, null_gini, null_gini_band: As in `Figures`.
+        corrected_gini, corrected_gini_interval: Without what chance adds. No threshold, and the sign is
+            kept: negative where passes are more even than chance alone would make them. So what is 0
+            scatters about 0 at every size.
         raw_slope, corrected_slope: Of `gini` and of `corrected_gini`.
         null_slope: Of `null_gini`.
     """
@@ -261,8 +272,6 @@ class Numbers:
     Attributes:
         parameters: What determines the grid.
         models, conditions, cells, ratios, gaps, batch_scans: What was found; cells model by model.
-        ep_scans: Imbalance over ranks against their number; one an entry of `cells`.
-        bands: The models by how concentrated their routing stays.
         findings: What all of it says, computed.
     """
 
@@ -273,8 +282,6 @@ class Numbers:
     ratios: list[GridRatio]
     gaps: list[Gap]
     batch_scans: list[BatchScan]
-    ep_scans: list[Any] = field(default_factory=list)
-    bands: Any = None
     findings: list[str] = field(default_factory=list)
 
     def cell(self, model: str, condition: str) -> GridCell:
