@@ -76,24 +76,23 @@ class Subjects:
             told: Told of sequences.
 
         Returns:
-            The cell's file, and what was wrong with one that was there; "kept" for a good one.
+            The cell's file, and "new", "kept", or what was wrong with the file that was there.
         """
         loaded = self._load(model)
         draws = [conditions[number] for conditions in self._draws(model, loaded)]
         key = _key(self.plan, loaded, draws)
         path = self.folder / cells.file_name(loaded.name, draws[0].name)
-        wrong = ""
         try:
             cells.read_wanted(path, key)
         except FileNotFoundError:
-            pass
+            status = "new"
         except cells.BadCell as error:
-            wrong = str(error)
+            status = str(error)
         else:
             told(self.plan.sequences_a_cell)
             return path, "kept"
         cells.write(run_cell(loaded, draws, self.plan.shape, key, told), path)
-        return path, wrong
+        return path, status
 
     def _load(self, model: str) -> LoadedModel:
         if self._loaded is None or self._loaded[0] != model:
@@ -171,6 +170,11 @@ def run_cell(
             "observe this model by itself"
         )
     counts = np.array(window.counts, dtype=np.int32)
+    if np.ptp(counts.sum(axis=-1), axis=0).any():
+        raise InputError(
+            f"{loaded.name} routed unequal numbers of assignments of equal sequences: a grid needs a "
+            "dropless model; observe this one by itself"
+        )
     return Cell(
         model=loaded.name,
         name=first.name,
