@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,15 +13,16 @@ from numpy.typing import NDArray
 from dodoco_ext import metrics
 from dodoco_ext.errors import InputError
 from dodoco_ext.observatory.ep_placements import placed_peaks, random_orders
-from dodoco_ext.observatory.ep_scan import (
+from dodoco_ext.observatory.ep_results import (
     FIXED_GLOBAL,
     FIXED_PER_RANK,
     Change,
     EpScan,
-    ep_scan,
-    rank_loads,
+    from_plain,
 )
+from dodoco_ext.observatory.ep_scan import ep_scan, rank_loads
 from dodoco_ext.observatory.ep_words import against, ep_findings, ep_sentences
+from dodoco_ext.observatory.result import plain
 from dodoco_ext.sampling import sample_counts
 
 EXPERTS, TOP_K, TOKENS = 64, 4, 128
@@ -151,6 +154,12 @@ def test_same_seed_same_figures_and_another_within_the_intervals() -> None:
         assert a.random != b.random
         assert a.random.band[0] < b.random.mean < a.random.band[1]
         assert a.rank.value == b.rank.value
+
+
+def test_a_scan_comes_back_from_json() -> None:
+    for found in (scan(planted()), scan(planted(experts=12), placements=5)):
+        stored = json.loads(json.dumps(plain(found), allow_nan=False))
+        assert from_plain(stored) == found
 
 
 def test_data_seeds_are_laid_end_to_end() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 
-from dodoco_ext.observatory.ep_scan import (
+from dodoco_ext.observatory.ep_results import (
     FIXED_GLOBAL,
     FIXED_PER_RANK,
     Change,

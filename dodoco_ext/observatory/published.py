@@ -29,6 +29,7 @@ class PublishedModel:
         zoo: The small model here with the same mixer, by its `--model` name.
         band: As published.
         says: The published statement.
+        short: The same in a few words.
         lowest: What it says of the lowest Gini over the real texts: above the first, at most the second.
         stated: The bounds are figures that were published; False: they only restate the word "between".
         mock: Published range on mock tokens, or None.
@@ -39,6 +40,7 @@ class PublishedModel:
     zoo: str
     band: Band
     says: str
+    short: str
     lowest: tuple[float, float]
     stated: bool = True
     mock: tuple[float, float] | None = None
@@ -53,6 +55,7 @@ MODELS = (
         "zoo:mha",
         "data-resilient",
         "0.105 on wikitext",
+        "0.105 on wikitext",
         (0.0, 0.105),
     ),
     PublishedModel(
@@ -60,6 +63,7 @@ MODELS = (
         "Mamba-2 + attention",
         "zoo:mamba2",
         "data-resilient",
+        "0.150 on wikitext",
         "0.150 on wikitext",
         (0.0, 0.150),
     ),
@@ -69,6 +73,7 @@ MODELS = (
         "zoo:gqa",
         "intermediate",
         "between the two bands; no figure is known",
+        "between, no figure known",
         (0.150, 0.24),
         stated=False,
     ),
@@ -78,6 +83,7 @@ MODELS = (
         "zoo:mla",
         "persistently concentrated",
         _CONCENTRATED,
+        "above 0.24 on real text",
         (0.24, 1.0),
         mock=(0.29, 0.38),
     ),
@@ -87,6 +93,7 @@ MODELS = (
         "zoo:gdn",
         "persistently concentrated",
         _CONCENTRATED,
+        "above 0.24 on real text",
         (0.24, 1.0),
         mock=(0.29, 0.38),
     ),
