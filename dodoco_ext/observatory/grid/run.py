@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,11 @@ def run_grid(
     follow = _Pace(plan, progress, started)
     done: dict[tuple[int, int], Done] = {}
     threads = 1 if zoo or jobs > 1 else 0
-    for message in do_all(plan, folder / "cells", num_ranks, jobs, threads):
-        if isinstance(message, Done):
-            done[message.task.model, message.task.condition] = message
-        follow.tell(message)
+    with _alone_in(folder / "cells"):
+        for message in do_all(plan, folder / "cells", num_ranks, jobs, threads):
+            if isinstance(message, Done):
+                done[message.task.model, message.task.condition] = message
+            follow.tell(message)
     # In the plan's order, whatever the order in which they came.
     rows = [[done[m, c] for c in range(len(plan.sources))] for m in range(len(names))]
     numbers = _numbers(plan, rows, num_ranks)
@@ -132,6 +134,25 @@ def write(run: GridRun, folder: Path) -> list[Path]:
         with suppress(FileNotFoundError):
             partial.unlink()
     return [path, *table.write(run.numbers, json.dumps(run.provenance), folder)]
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other grids out of a folder, and sweeps what a killed one left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another grid is being observed into {folder}: wait for it, or give another --out"
+            ) from None
+        for partial in folder.glob(".*.npz.*"):
+            partial.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class _Pace:
