@@ -83,7 +83,11 @@ _NEEDED = (
 @click.option(
     "--sequence-length", type=click.IntRange(min=2), help="Tokens a sequence. [default: 128]"
 )
-@click.option("--num-batches", type=click.IntRange(min=2), help="Passes a condition. [default: 32; grid: 16 a seed]")
+@click.option(
+    "--num-batches",
+    type=click.IntRange(min=2),
+    help="Passes a condition. [default: 32; grid: 16 a seed]",
+)
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**32 - 1),

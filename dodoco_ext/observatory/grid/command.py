@@ -84,7 +84,9 @@ def observe_grid(
     print_grid(run.numbers, Console())
     console = Console()
     for path in paths:
-        console.print(f"{'numbers:' if path.suffix == '.json' else 'table:':<9} {path}", soft_wrap=True)
+        console.print(
+            f"{'numbers:' if path.suffix == '.json' else 'table:':<9} {path}", soft_wrap=True
+        )
     if len(paths) == 1:
         console.print("no table: pip install 'dodoco-ext[trace]' for cells.parquet")
 
@@ -94,7 +96,11 @@ def print_grid(numbers: Numbers, console: Console) -> None:
     tokens = numbers.cells[0].num_tokens
     ranks = numbers.parameters["num_ranks"]
     console.print(
-        _table(numbers, f"Corrected Gini, {tokens:,} tokens a cell.", lambda c: c.experts.corrected_gini)
+        _table(
+            numbers,
+            f"Corrected Gini, {tokens:,} tokens a cell.",
+            lambda c: c.experts.corrected_gini,
+        )
     )
     if any(c.ranks is not None for c in numbers.cells):
         title = f"Max/mean over {ranks} ranks of equal runs of experts."

@@ -110,7 +110,11 @@ def run_grid(
     numbers = _numbers(plan, rows, num_ranks)
     cells = [cell for row in rows for cell in row]
     provenance = {
-        "grid": {**observe.provenance(), "processes": str(jobs), "threads": str(threads or "torch's")},
+        "grid": {
+            **observe.provenance(),
+            "processes": str(jobs),
+            "threads": str(threads or "torch's"),
+        },
         "models": {name: row[0].facts["provenance"] for name, row in zip(names, rows, strict=True)},
         "texts": observe.texts_of(plan.sources),
         "seconds": round(time.perf_counter() - started, 1),
@@ -174,7 +178,9 @@ class _Pace:
             cell = message.analysed.cell
             finished, status = f"{cell.model}, {cell.condition}", message.status
             self.cells += 1
-            self.kept += message.status == "kept"
+            if message.status == "kept":
+                self.kept += 1
+                self.sequences += self.a_cell
         if self.progress is None:
             return
         total, left = self.a_cell * self.all_cells, None
@@ -205,7 +211,7 @@ def _numbers(plan: Plan, rows: list[list[Done]], num_ranks: int) -> Numbers:
         },
         models=[_model(row[0]) for row in rows],
         conditions=[_condition(done) for done in rows[0]],
-        cells=[done.analysed.cell for done in cells],
+        cells=[replace(done.analysed.cell, ep_scan=done.ep_scan) for done in cells],
         ratios=[ratio for row in analysed for ratio in gaps.ratios(row)],
         gaps=[gap for row in analysed for gap in gaps.gaps(row)],
         batch_scans=[done.batch_scan for done in cells],
