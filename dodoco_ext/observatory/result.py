@@ -200,6 +200,7 @@ class Result:
 
 
 def plain(value: Any) -> Any:
+    """A value of dataclasses, lists, dicts and numbers as JSON has them; nan and infinity as None."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ beside it: counts of any batch are sums of its sequences' (tests/test_grid_batch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Plan:
     shape: Shape
     seed: int
     num_draws: int
-    loading: Loading = Loading()
+    loading: Loading = field(default_factory=Loading)
 
     @property
     def sequences_a_cell(self) -> int:
@@ -73,7 +73,7 @@ class Subjects:
         Args:
             model: One of the plan's.
             number: Of the condition, in the plan's order.
-            told: Told of sequences.
+            told: Told of sequences that are run.
 
         Returns:
             The cell's file, and "new", "kept", or what was wrong with the file that was there.
@@ -86,10 +86,9 @@ class Subjects:
             cells.read_wanted(path, key)
         except FileNotFoundError:
             status = "new"
-        except cells.BadCell as error:
+        except cells.BadCellError as error:
             status = str(error)
         else:
-            told(self.plan.sequences_a_cell)
             return path, "kept"
         cells.write(run_cell(loaded, draws, self.plan.shape, key, told), path)
         return path, status
@@ -109,7 +108,9 @@ class Subjects:
 
     def _draws(self, model: str, loaded: LoadedModel) -> list[list[Condition]]:
         """The conditions of every draw; those of one tokenizer serve all of its models."""
-        made = any(s.startswith(("generated:", "mock-uniform:embedding")) for s in self.plan.sources)
+        made = any(
+            s.startswith(("generated:", "mock-uniform:embedding")) for s in self.plan.sources
+        )
         same = model if made else loaded.provenance.get("tokenizer sha256", model)
         if same not in self._conditions:
             runner, plan = loaded.runner, self.plan

@@ -9,6 +9,7 @@ left of a trend there is that the tokens of one sequence resemble each other.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dodoco_ext import metrics, nulls
 from dodoco_ext.errors import InputError
@@ -19,6 +20,7 @@ from dodoco_ext.observatory.grid.passes import (
     Counts,
     FloatArray,
     passes_of,
+    signed_root,
     signed_root_mean,
     stream,
     tokens_of,
@@ -73,8 +75,26 @@ def batch_scan(cell: Cell, seed: int) -> BatchScan:
         for arm, points in (("growing", growing), ("equal", equal))
     ]
     raw, corrected = (curves[0].raw_slope.verdict, curves[0].corrected_slope.verdict)
+    of_layers = np.stack(
+        [point.blocks[:, 1] for point in growing], axis=-1
+    )  # [blocks, layers, sizes]
+    resampled = resampled_means(of_layers, stream(seed, *names, "layers"), NUM_RESAMPLES)
+    roots, root = signed_root(resampled), signed_root(of_layers.mean(axis=0))
+    slopes = [_slope(root[n], roots[:, n], sizes, blocks) for n in range(len(root))]
+    dispersion, ends = _dispersion(used, cell.top_k, blocks, stream(seed, *names, "dispersion"))
     verdict = "survives" if corrected != "none" else "vanishes" if raw != "none" else "none"
-    return BatchScan(cell.model, cell.name, cell.kind, sizes, curves[0], curves[1], verdict)
+    return BatchScan(
+        model=cell.model,
+        condition=cell.name,
+        kind=cell.kind,
+        batch_sizes=sizes,
+        growing=curves[0],
+        equal=curves[1],
+        verdict=verdict,
+        dispersion=dispersion,
+        dispersion_interval=ends,
+        layer_slope=slopes,
+    )
 
 
 def deal(passes: Counts, parts: int, rng: np.random.Generator) -> Counts:
@@ -121,7 +141,9 @@ class _Point:
         self.tokens = tokens
 
     @classmethod
-    def of(cls, passes: Counts, tokens: int, top_k: list[int], loads: Counts, blocks: int) -> _Point:
+    def of(
+        cls, passes: Counts, tokens: int, top_k: list[int], loads: Counts, blocks: int
+    ) -> _Point:
         """Of whole passes."""
         noise, null = _floors(passes.shape[-1], [tokens] * len(top_k), top_k, loads)
         return cls(passes, noise, null, tokens, blocks)
@@ -143,6 +165,26 @@ class _Point:
         noise = single[0] + weight * (distinct[0] - single[0])
         null = single[1] + weight.mean() * (distinct[1] - single[1])
         return cls(dealt, noise, null, tokens, blocks)
+
+
+def _dispersion(
+    used: NDArray[np.int32], top_k: list[int], num_blocks: int, rng: np.random.Generator
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Variance over sequences, relative to independent tokens: each layer's, and its interval.
+
+    A token that is routed without regard to the others takes an expert of load p with variance p (1 - p),
+    whatever the other experts do: pooled over experts, this does not ask how experts go together.
+    """
+    sequences = used.reshape(-1, *used.shape[2:]).astype(np.float64)
+    tokens = sequences[0].sum(axis=-1) / np.array(top_k)
+    loads = sequences.mean(axis=0) / tokens[:, None]
+    expected = (tokens[:, None] * loads * (1 - loads)).sum(axis=-1)
+    squares = ((sequences - sequences.mean(axis=0)) ** 2).sum(axis=-1)  # [sequences, layers]
+    free = len(sequences) / (len(sequences) - 1)
+    ratio = free * np.divide(squares, expected, out=np.ones_like(squares), where=expected > 0)
+    by_block = ratio.reshape(num_blocks, -1, ratio.shape[-1]).mean(axis=1)
+    resampled = resampled_means(by_block, rng, NUM_RESAMPLES)
+    return ratio.mean(axis=0).tolist(), _pairs(expanded_interval(resampled, num_blocks))
 
 
 def _floors(

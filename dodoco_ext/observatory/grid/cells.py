@@ -28,7 +28,7 @@ SCHEMA = "dodoco.cell/1"
 Key = dict[str, Any]
 
 
-class BadCell(DodocoError):
+class BadCellError(DodocoError):
     """A cell's file is damaged, or belongs to another grid."""
 
 
@@ -112,14 +112,14 @@ def read(path: Path) -> Cell:
 
     Raises:
         FileNotFoundError: There is none.
-        BadCell: It is damaged.
+        BadCellError: It is damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
             meta = json.loads(str(archive["meta"]))
             counts, losses = archive["counts"], archive["losses"]
         if meta["schema"] != SCHEMA:
-            raise BadCell(f"{path.name} is of schema {meta['schema']}, not {SCHEMA}")
+            raise BadCellError(f"{path.name} is of schema {meta['schema']}, not {SCHEMA}")
         cell = Cell(
             model=meta["model"],
             name=meta["condition"],
@@ -136,9 +136,9 @@ def read(path: Path) -> Cell:
     except FileNotFoundError:
         raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, ZlibError) as error:
-        raise BadCell(f"{path.name} is damaged ({type(error).__name__})") from None
+        raise BadCellError(f"{path.name} is damaged ({type(error).__name__})") from None
     if cell.sha256 != meta["sha256"]:
-        raise BadCell(f"{path.name} is damaged (its numbers do not match their digest)")
+        raise BadCellError(f"{path.name} is damaged (its numbers do not match their digest)")
     return cell
 
 
@@ -147,11 +147,11 @@ def read_wanted(path: Path, key: Key) -> Cell:
 
     Raises:
         FileNotFoundError: There is none.
-        BadCell: It is damaged, or something that determines the numbers is another.
+        BadCellError: It is damaged, or something that determines the numbers is another.
     """
     cell = read(path)
     if other := [name for name in sorted({*key, *cell.key}) if cell.key.get(name) != key.get(name)]:
-        raise BadCell(f"{path.name} was made with another {', '.join(other)}")
+        raise BadCellError(f"{path.name} was made with another {', '.join(other)}")
     return cell
 
 

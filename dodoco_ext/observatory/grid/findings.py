@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import isfinite
 
+from dodoco_ext.observatory.bands import Evidence, assign_bands, band_sentences
+from dodoco_ext.observatory.ep_words import ep_findings
 from dodoco_ext.observatory.findings import verdict
-from dodoco_ext.observatory.grid.results import BatchScan, Gap, GridCell, GridRatio, Numbers
+from dodoco_ext.observatory.grid.results import BatchScan, Gap, GridCell, GridRatio, Numbers, Slope
 from dodoco_ext.observatory.result import Interval
 
 PUBLISHED_RATIO = 2.35
@@ -24,7 +26,7 @@ _VERDICTS = {
 
 
 def findings(numbers: Numbers) -> list[str]:
-    """Sentences on concentration, mock against real, and batch size; then on what does not follow."""
+    """Sentences on concentration, mock against real, batch size, EP and bands; then on what does not follow."""
     return [
         *_concentration(numbers),
         *_ranks(numbers),
@@ -32,6 +34,9 @@ def findings(numbers: Numbers) -> list[str]:
         *_largest(numbers),
         *_explained(numbers),
         *_trends(numbers),
+        *_resemblance(numbers),
+        *ep_findings([cell.ep_scan for cell in numbers.cells if cell.ep_scan is not None]),
+        *_bands(numbers),
         *_seeds(numbers),
         *_limits(numbers),
     ]
@@ -44,9 +49,7 @@ def _concentration(numbers: Numbers) -> Iterator[str]:
             continue
         ordered = sorted(cells, key=lambda c: c.experts.corrected_gini)
         least, most = ordered[0], ordered[-1]
-        apart = (
-            least.experts.corrected_gini_interval[1] < most.experts.corrected_gini_interval[0]
-        )
+        apart = least.experts.corrected_gini_interval[1] < most.experts.corrected_gini_interval[0]
         said = "the most even router is" if apart else "no two routers can be told apart:"
         yield (
             f"On {condition.name} {said} that of {least.model} (corrected Gini {_gini(least)}), "
@@ -161,9 +164,7 @@ def _trends(numbers: Numbers) -> Iterator[str]:
         first, last = scans[0].batch_sizes[0], scans[0].batch_sizes[-1]
         raw = _counts([s.growing.raw_slope.verdict for s in scans])
         corrected = _counts([s.growing.corrected_slope.verdict for s in scans])
-        sentence = (
-            f"From batch {first} to {last}, {len(scans)} {plural} cells: raw Gini {raw}; corrected Gini {corrected}."
-        )
+        sentence = f"From batch {first} to {last}, {len(scans)} {plural} cells: raw Gini {raw}; corrected Gini {corrected}."
         kept = [s for s in scans if s.verdict == "survives"]
         if kept:
             low, high = min(map(_change, kept)), max(map(_change, kept))
@@ -177,9 +178,7 @@ def _trends(numbers: Numbers) -> Iterator[str]:
     scans = numbers.batch_scans
     if not scans:
         return
-    agree = sum(
-        s.growing.corrected_slope.verdict == s.equal.corrected_slope.verdict for s in scans
-    )
+    agree = sum(s.growing.corrected_slope.verdict == s.equal.corrected_slope.verdict for s in scans)
     yield (
         f"At equal token counts, drawn from all sequences of a batch, the verdict on the corrected trend is the "
         f"same in {agree} of {len(scans)} cells: "
@@ -189,6 +188,39 @@ def _trends(numbers: Numbers) -> Iterator[str]:
             else "what survives depends on how many tokens are counted."
         )
     )
+
+
+def _resemblance(numbers: Numbers) -> Iterator[str]:
+    layers = [
+        (ends, slope)
+        for s in numbers.batch_scans
+        for ends, slope in zip(s.dispersion_interval, s.layer_slope, strict=True)
+    ]
+    alike = [slope for ends, slope in layers if ends[0] > 1]
+    apart = [slope for ends, slope in layers if ends[0] <= 1]
+    if not layers:
+        return
+    said = (
+        f"In {len(alike)} of {len(layers)} layers, over all cells, the tokens of a sequence are routed more alike than "
+        f"independent ones would be; corrected Gini falls with the batch in {_falling(alike)} of these"
+    )
+    if apart:
+        said += f", and in {_falling(apart)} of the other {len(apart)}"
+    yield said + "."
+
+
+def _falling(slopes: list[Slope]) -> int:
+    return sum(slope.verdict == "falls" for slope in slopes)
+
+
+def _bands(numbers: Numbers) -> Iterator[str]:
+    evidence: dict[str, dict[str, Evidence]] = {}
+    for cell in numbers.cells:
+        if cell.kind == "real":
+            found = Evidence(cell.experts.gini, cell.experts.gini_interval)
+            evidence.setdefault(cell.model, {})[cell.condition] = found
+    if evidence:
+        yield from band_sentences(assign_bands(evidence, seed=numbers.parameters["seed"]))
 
 
 def _seeds(numbers: Numbers) -> Iterator[str]:

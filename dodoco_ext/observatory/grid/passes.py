@@ -57,7 +57,13 @@ def root_mean(excess: FloatArray) -> FloatArray:
     return roots
 
 
+def signed_root(excess: FloatArray) -> FloatArray:
+    """The root with the sign kept, so that what is 0 on average stays 0 on average."""
+    root: FloatArray = np.sign(excess) * np.sqrt(np.abs(excess))
+    return root
+
+
 def signed_root_mean(excess: FloatArray) -> FloatArray:
-    """The same with the sign kept, so that what is 0 on average stays 0 on average."""
-    roots: FloatArray = (np.sign(excess) * np.sqrt(np.abs(excess))).mean(axis=-1)
-    return roots
+    """Mean of the layers' signed roots [..., layers]."""
+    mean: FloatArray = signed_root(excess).mean(axis=-1)
+    return mean

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dodoco_ext.errors import InputError
+from dodoco_ext.observatory.ep_scan import EpScan
 from dodoco_ext.observatory.result import Interval, plain
 
 SCHEMA = "dodoco.grid/1"
@@ -121,7 +122,7 @@ class GridCell:
     ranks: Figures | None
     draws: Draws
     layers: list[Layer]
-    ep_scan: Any = None
+    ep_scan: EpScan | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,10 @@ class BatchScan:
         equal: As many tokens from each pass as a batch of one has, drawn from all of its sequences.
         verdict: `survives` (the corrected Gini of whole passes has a trend), `vanishes` (only the raw one
             has) or `none`.
+        dispersion: Of each layer, the variance of experts' counts from sequence to sequence over that of
+            tokens that are routed independently; 1 where the tokens of a sequence do not resemble each other.
+        dispersion_interval: Of each layer.
+        layer_slope: Of each layer's corrected Gini, whole passes.
     """
 
     model: str
@@ -239,6 +244,9 @@ class BatchScan:
     growing: Curve
     equal: Curve
     verdict: str
+    dispersion: list[float]
+    dispersion_interval: list[Interval]
+    layer_slope: list[Slope]
 
 
 @dataclass(frozen=True)
@@ -337,5 +345,7 @@ def read_json(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise InputError(f"{path} is of schema {schema}, not {SCHEMA}: observe again")
     if found != digest:
-        raise InputError(f"{path} does not match its digest: run dodoco observe --preset grid again")
+        raise InputError(
+            f"{path} does not match its digest: run dodoco observe --preset grid again"
+        )
     return document

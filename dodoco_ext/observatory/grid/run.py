@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,16 +100,21 @@ def run_grid(
     follow = _Pace(plan, progress, started)
     done: dict[tuple[int, int], Done] = {}
     threads = 1 if zoo or jobs > 1 else 0
-    for message in do_all(plan, folder / "cells", num_ranks, jobs, threads):
-        if isinstance(message, Done):
-            done[message.task.model, message.task.condition] = message
-        follow.tell(message)
+    with _alone_in(folder / "cells"):
+        for message in do_all(plan, folder / "cells", num_ranks, jobs, threads):
+            if isinstance(message, Done):
+                done[message.task.model, message.task.condition] = message
+            follow.tell(message)
     # In the plan's order, whatever the order in which they came.
     rows = [[done[m, c] for c in range(len(plan.sources))] for m in range(len(names))]
     numbers = _numbers(plan, rows, num_ranks)
     cells = [cell for row in rows for cell in row]
     provenance = {
-        "grid": {**observe.provenance(), "processes": str(jobs), "threads": str(threads or "torch's")},
+        "grid": {
+            **observe.provenance(),
+            "processes": str(jobs),
+            "threads": str(threads or "torch's"),
+        },
         "models": {name: row[0].facts["provenance"] for name, row in zip(names, rows, strict=True)},
         "texts": observe.texts_of(plan.sources),
         "seconds": round(time.perf_counter() - started, 1),
@@ -134,6 +140,25 @@ def write(run: GridRun, folder: Path) -> list[Path]:
     return [path, *table.write(run.numbers, json.dumps(run.provenance), folder)]
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other grids out of a folder, and sweeps what a killed one left half written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another grid is being observed into {folder}: wait for it, or give another --out"
+            ) from None
+        for partial in folder.glob(".*.npz.*"):
+            partial.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class _Pace:
     """Turns messages into progress. Cells that were kept say nothing about the pace."""
 
@@ -153,7 +178,9 @@ class _Pace:
             cell = message.analysed.cell
             finished, status = f"{cell.model}, {cell.condition}", message.status
             self.cells += 1
-            self.kept += message.status == "kept"
+            if message.status == "kept":
+                self.kept += 1
+                self.sequences += self.a_cell
         if self.progress is None:
             return
         total, left = self.a_cell * self.all_cells, None
@@ -184,7 +211,7 @@ def _numbers(plan: Plan, rows: list[list[Done]], num_ranks: int) -> Numbers:
         },
         models=[_model(row[0]) for row in rows],
         conditions=[_condition(done) for done in rows[0]],
-        cells=[done.analysed.cell for done in cells],
+        cells=[replace(done.analysed.cell, ep_scan=done.ep_scan) for done in cells],
         ratios=[ratio for row in analysed for ratio in gaps.ratios(row)],
         gaps=[gap for row in analysed for gap in gaps.gaps(row)],
         batch_scans=[done.batch_scan for done in cells],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dodoco_ext.errors import DodocoError, InputError
+from dodoco_ext.observatory.ep_scan import EpScan, ep_scan
 from dodoco_ext.observatory.grid import cells
 from dodoco_ext.observatory.grid.acquire import Plan, Subjects
 from dodoco_ext.observatory.grid.batch_scan import batch_scan
@@ -29,7 +30,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Did:
-    """Sequences done since the last message."""
+    """Sequences run since the last message."""
 
     sequences: int
 
@@ -43,6 +44,7 @@ class Done:
         status: `new`, `kept`, or what was wrong with the file that was there.
         analysed: Its figures.
         batch_scan: Its scan over batch sizes.
+        ep_scan: Its scan over EP sizes.
         facts: Of model and machine (`cells.Cell.facts`).
         top_k: k of each layer.
     """
@@ -51,6 +53,7 @@ class Done:
     status: str
     analysed: Analysed
     batch_scan: BatchScan
+    ep_scan: EpScan
     facts: dict[str, Any]
     top_k: list[int]
 
@@ -102,10 +105,19 @@ class Work:
         path, status = self.subjects.acquire(model, task.condition, tell)
         cell = cells.read(path)
         seed = self.plan.seed
-        analysed = analyse(cell, path.name, self.plan.shape.batch_size, self.num_ranks, seed)
+        size = self.plan.shape.batch_size
+        analysed = analyse(cell, path.name, size, self.num_ranks, seed)
+        over_ep = ep_scan(
+            cell.counts,
+            cell.top_k,
+            model=cell.model,
+            condition=cell.name,
+            sequences_per_pass=size,
+            seed=seed,
+        )
         if told:
             connection.send(Did(told))
-        return Done(task, status, analysed, batch_scan(cell, seed), cell.facts, cell.top_k)
+        return Done(task, status, analysed, batch_scan(cell, seed), over_ep, cell.facts, cell.top_k)
 
 
 def serve(connection: Connection, plan: Plan, folder: Path, num_ranks: int, threads: int) -> None:
