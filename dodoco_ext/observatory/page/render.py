@@ -10,8 +10,8 @@ from math import isfinite
 from typing import Any
 
 from dodoco_ext.observatory import report
-from dodoco_ext.observatory.bands import BANDS, PUBLISHED, SCALES, BandResult, band_sentences
-from dodoco_ext.observatory.ep_words import ep_findings, ep_sentences
+from dodoco_ext.observatory.bands import BANDS, PUBLISHED, SCALES, BandResult
+from dodoco_ext.observatory.ep_words import ep_sentences
 from dodoco_ext.observatory.page.answers import answers
 from dodoco_ext.observatory.page.curves import batch_panels, ep_panels, key, unmeasurable
 from dodoco_ext.observatory.page.heat import expert_maps, gradient, heat_maps
@@ -50,7 +50,7 @@ def render(view: View) -> str:
         css=_template("grid.css"),
         js=_template("grid.js"),
         answers=_all_answers(view),
-        findings=findings(view),
+        findings=view.numbers["findings"],
         heat_maps=heat_maps(view),
         gradient=gradient(),
         map_gradient=report.legend(),
@@ -71,16 +71,6 @@ def render(view: View) -> str:
         provenance=[*_flat(view.provenance)],
         hover=_hover(cells, [part["maps"] for part in parts]),
     )
-
-
-def findings(view: View) -> list[str]:
-    """All sentences: those stored with the numbers, and those on EP and bands."""
-    scans = [*view.ep_scans.values()]
-    return [
-        *view.numbers["findings"],
-        *(ep_findings(scans) if scans else []),
-        *band_sentences(view.bands()),
-    ]
 
 
 def signed(value: Any, ends: Any = None) -> str:
