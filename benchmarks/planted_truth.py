@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from environment import describe
+
 from planted_routers import LAYERS, observe, router
 
 SCENARIOS = {
@@ -98,13 +99,17 @@ def wilson(hits: int, runs: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--trend-runs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    print("| routing | interval | runs | covers the truth | 95 % | bias | error |\n|---|---|---|---|---|---|---|")
+    print(
+        "| routing | interval | runs | covers the truth | 95 % | bias | error |\n|---|---|---|---|---|---|---|"
+    )
     rows = []
     for name in SCENARIOS:
         for row in coverage(name, given.runs, given.seed):

@@ -55,8 +55,10 @@ def routed(request: pytest.FixtureRequest) -> Iterator[Routed]:
                 before = after
             for hook in hooks:
                 hook.remove()
-    choices = np.stack([np.stack([c.reshape(TOKENS, -1).numpy() for c in of]) for of in chosen], axis=1)
-    yield choices.astype(np.int64), np.array(counts, dtype=np.int64)
+    choices = np.stack(
+        [np.stack([c.reshape(TOKENS, -1).numpy() for c in of]) for of in chosen], axis=1
+    )
+    return choices.astype(np.int64), np.array(counts, dtype=np.int64)
 
 
 def received(paths: list[Path], layers: int, kind: int) -> NDArray[np.int64]:
@@ -75,14 +77,14 @@ def received(paths: list[Path], layers: int, kind: int) -> NDArray[np.int64]:
 def test_the_two_ways_of_counting_agree(routed: Routed) -> None:
     choices, counts = routed
     assert choices.shape[-1] == TOP_K
-    one_hot = np.stack([[np.bincount(c.ravel(), minlength=ep_job.NUM_EXPERTS) for c in s] for s in choices])
+    one_hot = np.stack(
+        [[np.bincount(c.ravel(), minlength=ep_job.NUM_EXPERTS) for c in s] for s in choices]
+    )
     assert np.array_equal(one_hot, counts)
 
 
 @pytest.mark.parametrize("ranks", [4, 8])
-def test_real_ranks_receive_what_the_counts_say(
-    tmp_path: Path, routed: Routed, ranks: int
-) -> None:
+def test_real_ranks_receive_what_the_counts_say(tmp_path: Path, routed: Routed, ranks: int) -> None:
     choices, counts = routed
     layers = counts.shape[1]
     paths = ep_job.run(tmp_path, choices, ranks)

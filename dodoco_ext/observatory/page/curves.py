@@ -8,6 +8,7 @@ from math import isfinite
 from dodoco_ext.observatory.ep_results import FIXED_GLOBAL, FIXED_PER_RANK, EpArm, EpPoint
 from dodoco_ext.observatory.page.svg import Panel, marker
 from dodoco_ext.observatory.page.view import View, interval, number
+from dodoco_ext.observatory.published import EP_CHANGE
 
 COLOURS = 6
 """Colours that the page has for conditions; more of them share colours and differ by marker and dash."""
@@ -40,15 +41,12 @@ def _ep_panel(view: View, model: str, name: str, what: str) -> Panel | None:
     if not arms:
         return None
     sizes = [point.num_ranks for point in next(iter(arms.values())).points]
-    ends = [1.0]
-    for arm in arms.values():
-        for point in arm.measured:
-            ends.append(getattr(point, what).value)
-            if what == "rank" and point.random is not None:
-                ends.append(point.random.band[1])
-    panel = Panel(
-        f"max/mean over {what}s, {_ARMS[name]}", sizes, (1.0, max(ends)), "EP ranks", "max/mean"
-    )
+    points_of = [point for arm in arms.values() for point in arm.measured]
+    highest = max(getattr(point, what).value for point in points_of)
+    if what == "rank":
+        highest = max(highest, *(p.random.band[1] for p in points_of if p.random is not None))
+    title = f"max/mean over {what}s, {_ARMS[name]}"
+    panel = Panel(title, sizes, (1.0, highest), "EP ranks", "max/mean")
     first = next(iter(arms.values()))
     nulls = [(p.num_ranks, getattr(p, what)) for p in first.measured]
     panel.band([x for x, _ in nulls], [peak.null_band for _, peak in nulls], "null")
@@ -58,12 +56,21 @@ def _ep_panel(view: View, model: str, name: str, what: str) -> Panel | None:
         if what == "rank":
             known = [(p.num_ranks, p.random.band) for p in arm.measured if p.random is not None]
             panel.band([x for x, _ in known], [band for _, band in known], f"random {css(place)}")
+        elif name == FIXED_PER_RANK:
+            first_value = getattr(arm.measured[0], what).value
+            ends = (first_value * (1 - EP_CHANGE), first_value * (1 + EP_CHANGE))
+            measured = [p.num_ranks for p in arm.measured]
+            panel.band(measured, [ends] * len(measured), f"published random {css(place)}")
         points = [(p.num_ranks, getattr(p, what).value) for p in arm.measured]
         panel.line(points, css(place))
         panel.dots(points, place, css(place), [_ep_tip(condition, p, what) for p in arm.measured])
     missing = [str(p.num_ranks) for p in first.points if p.reason]
-    if what == "expert" and all(arm.expert_by_construction for arm in arms.values()):
+    if what == "expert" and missing:
+        panel.note(f"not measurable at EP {', '.join(missing)}")
+    elif what == "expert" and all(arm.expert_by_construction for arm in arms.values()):
         panel.note("flat by construction: same tokens, same experts")
+    elif what == "expert":
+        panel.note(f"dashed: the published {EP_CHANGE:.0%}, around the smallest EP")
     elif missing:
         panel.note(f"not measurable at EP {', '.join(missing)}")
     return panel

@@ -105,7 +105,8 @@ class Rows:
             for value in ticks(self._low, self._high, 7)
         ]
         for value, css, text in self._levels:
-            side = "end" if "low" in css or self.x(value) > self.width * 0.66 else ""
+            left = css in ("one", "edge low") or self.x(value) > self.width * 0.66
+            side = "end" if left else ""
             offset = -4 if side else 4
             axis.append(
                 f'<path class="level {css}" data-level="{value}" d="M{self.x(value)} 12V{bottom}"/>'
@@ -167,7 +168,7 @@ def ratio_chart(view: View, model: str) -> Rows | None:
         "ratio of Gini (filled: corrected, hollow: raw)",
         logarithmic=True,
     )
-    chart.level(1.0, "one", "as real text")
+    chart.level(1.0, "one", "real text")
     chart.level(MOCK_OVER_REAL, "published", f"published: up to {MOCK_OVER_REAL}")
     for ratio in ratios:
         low, high = interval(ratio["corrected_interval"])
