@@ -12,26 +12,29 @@ from numpy.typing import NDArray
 
 from dodoco_ext.observatory.grid.cells import Cell
 from dodoco_ext.sampling import sample_counts
+from observatory_cases import TEXT
 
 DRAWS, SEQUENCES, LAYERS, EXPERTS, TOP_K, TOKENS = 2, 64, 2, 32, 4, 64
 
-COMMAND = [
-    *(sys.executable, "-m", "dodoco_ext", "observe", "--preset", "grid"),
-    *("--model", "zoo:mla", "--model", "zoo:gqa"),
-    *("--data", "mock-uniform", "--data", "shuffled:builtin:code", "--data", "builtin:code"),
-    *("--batch-size", "2", "--sequence-length", "16", "--num-batches", "8", "--seeds", "2"),
-]
-"""Six cells of 32 sequences each."""
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    """The command line of six cells of 32 sequences each, on a text that is written to `folder`."""
+    text = folder / "fox.txt"
+    if not text.exists():
+        text.write_text(TEXT)
+    return [
+        *(sys.executable, "-m", "dodoco_ext", "observe", "--preset", "grid"),
+        *("--model", "zoo:mla", "--model", "zoo:gqa"),
+        *("--data", "mock-uniform", "--data", f"shuffled:{text}", "--data", str(text)),
+        *("--batch-size", "2", "--sequence-length", "16", "--num-batches", "8", "--seeds", "2"),
+        *("--out", str(out), *more),
+    ]
 
 
-def observe_grid(out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def observe_grid(folder: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
     return subprocess.run(
-        [*COMMAND, "--out", str(out), *more],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command(folder, out, *more), capture_output=True, text=True, timeout=300, check=False
     )
 
 

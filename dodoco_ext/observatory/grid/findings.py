@@ -157,7 +157,7 @@ def _unexplained(gaps: list[Gap]) -> Iterator[str]:
 
 
 def _trends(numbers: Numbers) -> Iterator[str]:
-    for kind, plural in (("mock", "mock"), ("real", "real-text")):
+    for kind, plural in (("mock", "mock"), ("control", "control"), ("real", "real-text")):
         scans = [s for s in numbers.batch_scans if s.kind == kind]
         if not scans:
             continue
