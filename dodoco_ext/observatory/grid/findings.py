@@ -157,14 +157,24 @@ def _unexplained(gaps: list[Gap]) -> Iterator[str]:
 
 
 def _trends(numbers: Numbers) -> Iterator[str]:
-    for kind, plural in (("mock", "mock"), ("real", "real-text")):
+    for kind, plural in (("mock", "mock"), ("control", "control"), ("real", "real-text")):
         scans = [s for s in numbers.batch_scans if s.kind == kind]
         if not scans:
             continue
         first, last = scans[0].batch_sizes[0], scans[0].batch_sizes[-1]
         raw = _counts([s.growing.raw_slope.verdict for s in scans])
         corrected = _counts([s.growing.corrected_slope.verdict for s in scans])
-        sentence = f"From batch {first} to {last}, {len(scans)} {plural} cells: raw Gini {raw}; corrected Gini {corrected}."
+        fallen = [s.growing.raw_slope for s in scans if s.growing.raw_slope.verdict == "falls"]
+        sentence = (
+            f"From batch {first} to {last}, {len(scans)} {plural} cells: raw Gini {raw}; beyond chance, "
+            f"corrected Gini {corrected}."
+        )
+        if fallen:
+            shares = [slope.chance / slope.value for slope in fallen]
+            sentence += (
+                f" Of the fall of raw Gini, {min(shares):.0%} to {max(shares):.0%} is what independent tokens "
+                "of the same loads show."
+            )
         kept = [s for s in scans if s.verdict == "survives"]
         if kept:
             low, high = min(map(_change, kept)), max(map(_change, kept))
@@ -251,7 +261,7 @@ def _of(numbers: Numbers, numerator: str, denominator: str) -> list[GridRatio]:
 
 def _change(scan: BatchScan) -> float:
     first, last = scan.growing.corrected_gini[0], scan.growing.corrected_gini[-1]
-    return last / first - 1 if first > 0 else float("inf")
+    return last / first - 1 if first > 0 else float("nan")
 
 
 def _counts(verdicts: list[str]) -> str:

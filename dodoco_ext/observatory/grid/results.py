@@ -185,12 +185,14 @@ class Slope:
     """Change of Gini with each doubling of the batch, by least squares on log2(batch).
 
     Attributes:
-        value, interval: The slope.
+        value, interval: The slope; of corrected Gini, less that of chance.
+        chance: Slope of cells of the same loads whose tokens are independent, by the same computation.
         verdict: `rises`, `falls` or `none`.
     """
 
     value: float
     interval: Interval
+    chance: float
     verdict: str
 
 
@@ -205,7 +207,6 @@ class Curve:
             kept: negative where passes are more even than chance alone would make them. So what is 0
             scatters about 0 at every size.
         raw_slope, corrected_slope: Of `gini` and of `corrected_gini`.
-        null_slope: Of `null_gini`.
     """
 
     tokens: list[int]
@@ -217,7 +218,6 @@ class Curve:
     corrected_gini_interval: list[Interval]
     raw_slope: Slope
     corrected_slope: Slope
-    null_slope: float
 
 
 @dataclass(frozen=True)
