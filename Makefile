@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo observatory zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -46,6 +46,9 @@ test: $(STAMPS)/package $(STAMPS)/dev ## all tests but those below (at most 10 m
 KERNEL_TESTS := tests/test_triton_route_stats.py tests/test_kernel_mutants.py $(wildcard tests/test_gpu_*.py)
 kernel: $(STAMPS)/package $(STAMPS)/dev ## the GPU kernel, interpreted, against the C++ writer; what gpu-check does, without a GPU
 	$(BIN)/pytest $(KERNEL_TESTS)
+
+observatory: $(STAMPS)/package $(STAMPS)/dev ## five models under six conditions, scanned over batch and EP sizes, into results/grid/ (about 5 minutes)
+	$(BIN)/dodoco observe --preset grid --out results/grid
 
 zoo: $(STAMPS)/package ## train the five small models anew into results/zoo/ (about 20 minutes)
 	$(BIN)/python -m dodoco_ext.observatory.zoo --out results/zoo
