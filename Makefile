@@ -21,7 +21,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test kernel engines mutants gates lint sanitize fuzz bench-record wheel pythons
+CHECKS := demo test kernel engines serving mutants gates lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo observatory zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -46,6 +46,9 @@ test: $(STAMPS)/package $(STAMPS)/dev ## all tests but those below (at most 10 m
 KERNEL_TESTS := tests/test_triton_route_stats.py tests/test_kernel_mutants.py $(wildcard tests/test_gpu_*.py)
 kernel: $(STAMPS)/package $(STAMPS)/dev ## the GPU kernel, interpreted, against the C++ writer; what gpu-check does, without a GPU
 	$(BIN)/pytest $(KERNEL_TESTS)
+
+observatory: $(STAMPS)/package $(STAMPS)/dev ## five models under six conditions, scanned over batch and EP sizes, into results/grid/ (about 5 minutes)
+	$(BIN)/dodoco observe --preset grid --out results/grid
 
 zoo: $(STAMPS)/package ## train the five small models anew into results/zoo/ (about 20 minutes)
 	$(BIN)/python -m dodoco_ext.observatory.zoo --out results/zoo
@@ -106,7 +109,8 @@ gpu-check: ## on a machine with a GPU: build, GPU tests, compute-sanitizer, benc
 # C++ programs of tests/cpp, linked with every file of csrc that is free of Python.
 CORE := $(shell grep -L pybind11 $(filter-out csrc/module.cpp csrc/bind_%,$(wildcard csrc/*.cpp)) /dev/null | grep -v /dev/null)
 SANITIZED := build/sanitize/recording_stress.address build/sanitize/recording_damage.address build/sanitize/recording_stress.thread \
-  build/sanitize/device_stress.address build/sanitize/device_stress.thread
+  build/sanitize/device_stress.address build/sanitize/device_stress.thread \
+  build/sanitize/placement_stress.address build/sanitize/placement_stress.thread
 RACE := build/sanitize/recording_race.plain
 RACE_SECONDS ?= 10
 CPP_TEST_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -pthread \
@@ -118,7 +122,7 @@ build/sanitize/%.plain: tests/cpp/%.cpp $(CPP_FILES)
 	@mkdir -p $(@D)
 	$(CXX) $(CPP_TEST_FLAGS) -O2 -Icsrc $< $(CORE) -ldl -o $@
 
-build/sanitize/recording_stress.%: LINK := $(ONE_MAPPING)
+build/sanitize/recording_stress.% build/sanitize/placement_stress.%: LINK := $(ONE_MAPPING)
 build/sanitize/device_stress.address: LINK := build/sanitize/fake.address/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.address'
 build/sanitize/device_stress.address: build/sanitize/fake.address/libcuda.so.1
 build/sanitize/device_stress.thread: LINK := build/sanitize/fake.thread/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.thread'

@@ -28,6 +28,10 @@ LAZY = {
         "dodoco_ext.observatory.command:observe",
         "Run a model over mock and real data, and compare its routing.",
     ),
+    "report": (
+        "dodoco_ext.observatory.report_command:report",
+        "Write the page, figures and tables of a grid.",
+    ),
     "run": (
         "dodoco_ext.run_command:run",
         "Run a command, outlive it, and archive what it recorded.",

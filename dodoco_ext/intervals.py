@@ -15,22 +15,26 @@ Statistic = Callable[[NDArray[Any]], Any]
 Interval = tuple[float, float]
 
 
-def _widened_tail(level: float, num_blocks: int) -> float:
-    """Tail probability that gives the percentile interval the width of a t interval.
-
-    Percentile intervals of few blocks are too narrow: they use z and the divisor n. Hesterberg,
-    "What teachers should know about the bootstrap", The American Statistician 69 (2015), section
-    3.4 ("expanded percentile"). The t quantile comes from its expansion in z (Abramowitz and Stegun
-    26.7.5).
-    """
-    z, nu = NormalDist().inv_cdf((1 + level) / 2), num_blocks - 1
-    t = (
+def student_t(level: float, degrees: int) -> float:
+    """Two-sided quantile of Student's t, by its expansion (Abramowitz and Stegun 26.7.5)."""
+    z, nu = NormalDist().inv_cdf((1 + level) / 2), degrees
+    return (
         z
         + (z**3 + z) / (4 * nu)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3)
     )
-    return NormalDist().cdf(-t * (num_blocks / nu) ** 0.5)
+
+
+def _widened_tail(level: float, num_blocks: int) -> float:
+    """Tail probability that gives the percentile interval the width of a t interval.
+
+    Percentile intervals of few blocks are too narrow: they use z and the divisor n. Hesterberg,
+    "What teachers should know about the bootstrap", The American Statistician 69 (2015), section
+    3.4 ("expanded percentile").
+    """
+    t = student_t(level, num_blocks - 1)
+    return NormalDist().cdf(-t * (num_blocks / (num_blocks - 1)) ** 0.5)
 
 
 def _members(name: str, values: NDArray[Any], blocks: ArrayLike | None) -> list[NDArray[np.int64]]:
@@ -86,6 +90,52 @@ def _check(level: float, num_resamples: int) -> None:
         raise InputError(f"level is {level}; give a confidence level between 0 and 1, such as 0.95")
     if num_resamples < 100:
         raise InputError(f"num_resamples is {num_resamples}; give at least 100")
+
+
+def resampled_means(
+    values: ArrayLike, rng: np.random.Generator, num_resamples: int = 2000
+) -> NDArray[np.float64]:
+    """Means of resamples of whole blocks, for statistics that are functions of means.
+
+    Args:
+        values: [blocks, ...] one entry a block; all columns are resampled together.
+        rng: Source of randomness.
+        num_resamples: Resamples.
+
+    Returns:
+        [num_resamples, ...] float64; summed without BLAS, so that bytes do not depend on the machine's
+        number of cores.
+
+    Raises:
+        InputError: Fewer than two blocks.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    num_blocks = len(_members("values", array, None))
+    _check(0.95, num_resamples)
+    drawn = rng.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=num_resamples)
+    flat = array.reshape(num_blocks, -1)
+    means: NDArray[np.float64] = np.einsum("rb,bm->rm", drawn / num_blocks, flat, optimize=False)
+    return means.reshape(num_resamples, *array.shape[1:])
+
+
+def expanded_interval(
+    resampled: ArrayLike, num_blocks: int, level: float = 0.95
+) -> NDArray[np.float64]:
+    """The expanded percentile interval of a statistic, from its resamples.
+
+    Args:
+        resampled: [num_resamples, ...]; infinities are allowed.
+        num_blocks: Blocks that were resampled; of two samples, the smaller number.
+        level: Confidence level.
+
+    Returns:
+        [2, ...] lower and upper ends.
+    """
+    tail, values = _widened_tail(level, num_blocks), np.asarray(resampled, dtype=np.float64)
+    # Order statistics, not interpolation: between two infinities interpolation would give nan.
+    low = np.quantile(values, tail, axis=0, method="lower")
+    high = np.quantile(values, 1 - tail, axis=0, method="higher")
+    return np.array([low, high])
 
 
 def bootstrap_interval(
@@ -151,8 +201,5 @@ def bootstrap_ratio_interval(
     ratios = np.full(num_resamples, np.inf)
     np.divide(above, below, out=ratios, where=below != 0)
     num_blocks = min(len(top_members), len(bottom_members))
-    tail = _widened_tail(level, num_blocks)
-    # Order statistics, not interpolation: between two infinities interpolation would give nan.
-    low = np.quantile(ratios, tail, method="lower")
-    high = np.quantile(ratios, 1 - tail, method="higher")
+    low, high = expanded_interval(ratios, num_blocks, level)
     return float(low), float(high)

@@ -298,6 +298,25 @@ def corrected_gini(
     return sqrt(min(excess, 1.0)) if excess > DETECTION_SE * standard_error + 1e-12 else 0.0
 
 
+def gini_noise(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    counts: ArrayLike | None = None,
+    placement: ArrayLike | None = None,
+) -> float:
+    """What chance adds to the mean squared Gini of passes of one size: `noise` of `corrected_gini`.
+
+    Arguments and errors: as :func:`corrected_gini`. ``gini^2 - noise`` is what may be averaged,
+    resampled and compared before a root is taken.
+    """
+    check_top_k(num_experts, top_k)
+    labels = _labels(placement, num_experts)
+    profile = None if counts is None else _profile(counts, num_experts, top_k)
+    sizes = check_tokens(num_tokens).reshape(1)
+    return float(_noise(sizes, num_experts, top_k, labels, profile)[0][0])
+
+
 def _noise(
     sizes: NDArray[np.int64],
     num_experts: int,

@@ -38,22 +38,24 @@ def check_tokens(num_tokens: ArrayLike) -> NDArray[np.int64]:
 
 
 def selection_of(log_weights: FloatArray, top_k: int) -> FloatArray:
-    """Selection probabilities [E, k + 1] that visit experts in order.
+    """Selection probabilities [..., E, k + 1] that visit experts in order, of log weights [..., E].
 
     Entry (e, r) is the probability that a token with r picks left among experts e .. E-1 takes
     expert e, when a set of k experts has probability proportional to the product of its weights:
     ``w_e S_{r-1}(e+1) / S_r(e)``, S_r(e) the elementary symmetric polynomial of w_e .. w_{E-1}
     (Chen, Dempster and Liu, Biometrika 81, 1994).
     """
-    num_experts = len(log_weights)
-    tails = np.full((num_experts + 1, top_k + 1), -np.inf)
-    tails[:, 0] = 0.0
+    num_experts = log_weights.shape[-1]
+    tails = np.full((*log_weights.shape[:-1], num_experts + 1, top_k + 1), -np.inf)
+    tails[..., 0] = 0.0
     for expert in range(num_experts - 1, -1, -1):
-        taken = log_weights[expert] + tails[expert + 1, :-1]
-        tails[expert, 1:] = np.logaddexp(tails[expert + 1, 1:], taken)
-    selection = np.zeros((num_experts, top_k + 1))
+        taken = log_weights[..., expert, None] + tails[..., expert + 1, :-1]
+        tails[..., expert, 1:] = np.logaddexp(tails[..., expert + 1, 1:], taken)
+    selection = np.zeros((*log_weights.shape, top_k + 1))
     with np.errstate(invalid="ignore"):  # -inf minus -inf: a state that cannot occur
-        selection[:, 1:] = np.exp(log_weights[:, None] + tails[1:, :-1] - tails[:-1, 1:])
+        selection[..., 1:] = np.exp(
+            log_weights[..., None] + tails[..., 1:, :-1] - tails[..., :-1, 1:]
+        )
     return np.clip(np.nan_to_num(selection), 0.0, 1.0)
 
 
@@ -64,15 +66,15 @@ def uniform_selection(num_experts: int, top_k: int) -> FloatArray:
 
 
 def inclusion_of(selection: FloatArray) -> FloatArray:
-    """Probability [E] that a token picks each expert; sums to k."""
-    state = np.zeros(selection.shape[1])
-    state[-1] = 1.0
-    inclusion = np.empty(len(selection))
-    for expert, probability in enumerate(selection):
-        taken = state * probability
-        inclusion[expert] = taken.sum()
+    """Probability [..., E] that a token picks each expert; sums to k."""
+    state = np.zeros((*selection.shape[:-2], selection.shape[-1]))
+    state[..., -1] = 1.0
+    inclusion = np.empty(selection.shape[:-1])
+    for expert in range(selection.shape[-2]):
+        taken = state * selection[..., expert, :]
+        inclusion[..., expert] = taken.sum(axis=-1)
         state -= taken
-        state[:-1] += taken[1:]
+        state[..., :-1] += taken[..., 1:]
     return inclusion
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deepep_stand_in as deepep
 import dodoco_ext as dodoco
 from dodoco_ext import ops
 from dodoco_ext.errors import InputError
+from dodoco_ext.integrations import collectives
 from dodoco_ext.recorder import GroupSpec
 from dodoco_ext.transfers import COMBINE, DISPATCH
 from guard import HostSync, no_host_sync
@@ -51,12 +53,29 @@ def kernels() -> dict[str, str]:
     return {name: torch._C._dispatch_dump(name) for name in names}
 
 
+def methods() -> dict[str, Any]:
+    return {**vars(dist.ProcessGroup)}
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 class TestTheMechanism:
     def test_outside_nothing_is_left(self) -> None:
-        before = kernels()
+        before = kernels(), methods()
         with dodoco.capture_alltoall(layers=1):
-            assert kernels() != before
-        assert kernels() == before
+            assert kernels() != before[0]
+            assert methods() != before[1]
+        assert (kernels(), methods()) == before
 
     def test_inside_other_operators_are_untouched(self) -> None:
         before = kernels()
@@ -66,6 +85,37 @@ class TestTheMechanism:
             "c10d::alltoall_base_",
             "c10d::alltoall_",
         }
+
+    def test_a_plain_call_takes_the_short_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with dodoco.capture_alltoall(layers=1) as capture:
+            # What the dispatcher's kernel would ask.
+            monkeypatch.setattr(collectives, "_unbox_group", None)
+            send()
+            assert kinds(capture) == [(0, DISPATCH, 6)]
+
+    def test_whoever_watches_operators_sees_them(self) -> None:
+        with dodoco.capture_alltoall(layers=1) as capture:
+            with Operators() as operators:
+                send()
+            with torch.profiler.profile() as profile:
+                send()
+            assert kinds(capture) == [(0, DISPATCH, 6), (0, COMBINE, 6)]
+        assert any("alltoall_base_" in name for name in operators.seen)
+        assert any("alltoall_base_" in event.name for event in profile.events())
+
+    def test_a_subclass_of_tensors_and_named_arguments_take_the_long_way(self) -> None:
+        class Plain(torch.Tensor):
+            pass
+
+        out = torch.empty_like(ROWS)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            group = dist.group.WORLD
+            group.alltoall_base(out, ROWS.as_subclass(Plain), [], [], dist.AllToAllOptions()).wait()
+            group.alltoall_base(
+                output=out, input=ROWS, output_split_sizes=[], input_split_sizes=[]
+            ).wait()
+            assert torch.equal(out, ROWS)
+            assert kinds(capture) == [(0, DISPATCH, 6), (0, COMBINE, 6)]
 
     def test_other_groups_pass(self) -> None:
         other = dist.new_group([0])

@@ -88,6 +88,9 @@ def record(
 ) -> None:
     """Records a run at all of its ranks, as if it ended now.
 
+    The last transfer ends a millisecond late, so that no other lies a whole number of `spacing_ns` before
+    it: ranks read their clocks apart, and a test must not stand on that difference.
+
     Args:
         run: What happened.
         ranks: The recordings.
@@ -98,7 +101,8 @@ def record(
     """
     now = time.monotonic_ns()
     for each in run:
-        ended = now - (len(run) - 1 - each.number) * spacing_ns
+        before = len(run) - 1 - each.number
+        ended = now - before * spacing_ns - MILLISECOND * (before > 0)
         for place, (number, rank) in enumerate(ranks.items()):
             if each.number < (until or {}).get(number, len(run)):
                 counts = (experts or {}).get(number) if each.type == 2 else None

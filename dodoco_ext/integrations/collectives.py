@@ -5,6 +5,8 @@ operators of the dispatcher: `c10d::alltoall_base_` and `c10d::alltoall_`. They 
 backends only, so that a kernel for the key before those (BackendSelect) sees each call and hands it
 on. It is registered with the first listener and removed with the last: outside, nothing is left;
 inside, no other operator is concerned.
+
+A plain call on tensors of the host takes a shorter way (`short_cut`), past the dispatcher.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import torch
 import torch.distributed as dist
 
 BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
-
+_unbox_group, _unbox_work = dist.ProcessGroup.unbox, dist.Work.unbox
+_num_modes = torch._C._len_torch_dispatch_stack
+_is_profiled: Callable[[], bool] = vars(torch.autograd)["_profiler_enabled"]
+_CPU = torch.device("cpu")
+_redispatch_base = torch.ops.c10d.alltoall_base_.default.redispatch
 
 Done = Callable[[bool], None]
 # Rows to each rank, rows from each rank and, where known, rows for each local expert.
@@ -47,9 +53,11 @@ class Listener(Protocol):
         """The same for splits that lie in tensors; `read` gives them once the call has run."""
 
 
-# Replaced as a whole, never changed: calls on other threads read it without a lock.
-_listeners: tuple[tuple[dist.ProcessGroup, Listener], ...] = ()
+# Groups, who listens to them, and their sizes. Replaced as a whole, never changed: calls on other threads
+# read it without a lock.
+_listeners: tuple[tuple[dist.ProcessGroup, Listener, int], ...] = ()
 _libraries: list[torch.library.Library] = []
+_methods: dict[str, Any] = {}  # of ProcessGroup, as they were
 _lock = threading.Lock()
 # Works that nobody has waited for yet: where C++ holds one, only this keeps its Python half alive.
 _not_waited: set[ObservedWork] = set()
@@ -59,11 +67,11 @@ def listen(group: dist.ProcessGroup, listener: Listener) -> bool:
     """Starts telling `listener` of the group's AlltoAlls. False: the group has a listener."""
     global _listeners
     with _lock:
-        if any(other is group for other, _ in _listeners):
+        if any(other is group for other, _, _ in _listeners):
             return False
         if not _listeners:
             _register()
-        _listeners = (*_listeners, (group, listener))
+        _listeners = (*_listeners, (group, listener, group.size()))
         return True
 
 
@@ -73,6 +81,8 @@ def stop_listening(listener: Listener) -> None:
     with _lock:
         _listeners = tuple(entry for entry in _listeners if entry[1] is not listener)
         if not _listeners:
+            while _methods:
+                setattr(dist.ProcessGroup, *_methods.popitem())
             while _libraries:
                 _libraries.pop()._destroy()
 
@@ -87,14 +97,55 @@ def _register() -> None:
         for name, kernel in kernels.items():
             if torch._C._dispatch_has_kernel(f"{namespace}::{name}"):
                 library.impl(name, kernel, "BackendSelect", with_keyset=True)
+    for name in _METHODS:
+        if (method := vars(dist.ProcessGroup).get(name)) is not None:
+            _methods[name] = method
+            setattr(dist.ProcessGroup, name, short_cut(method))
 
 
-def _listener_of(group: Any) -> Listener | None:
-    group = dist.ProcessGroup.unbox(group)
-    for other, listener in _listeners:
-        if other is group:
-            return listener
-    return None
+# Both are `c10d::alltoall_base_`; torch 2.13 knows the second name too.
+_METHODS = ("alltoall_base", "all_to_all_single")
+
+
+def short_cut(method: Any) -> Any:
+    """A method of ProcessGroup that goes straight to the backend, as the operator's kernel does.
+
+    A kernel in Python costs a call two ways through the dispatcher. Whatever might want to see the
+    operator (modes, subclasses, the profiler, another device) takes the method as it was.
+    """
+
+    def all_to_all(group: Any, *args: Any, **kwargs: Any) -> Any:
+        for other, listener, size in _listeners:
+            if other is group and len(args) == 5 and not kwargs:
+                output, rows, output_split_sizes, input_split_sizes, options = args
+                if _num_modes() or _is_profiled() or not (_is_plain(output) and _is_plain(rows)):
+                    break
+                done = listener.before(
+                    input_split_sizes or _equal_splits(rows, size),
+                    output_split_sizes or _equal_splits(output, size),
+                    rows,
+                    output,
+                )
+                backend: Any = group._get_backend(_CPU)
+                inner = backend.alltoall_base(*args)
+                if done is None:
+                    return inner
+                if options.asyncOp:
+                    return ObservedWork(inner, done, listener)
+                inner.wait()  # as the caller does next
+                done(True)
+                return inner
+        return method(group, *args, **kwargs)
+
+    return all_to_all
+
+
+def _is_plain(tensor: object) -> bool:
+    return type(tensor) is torch.Tensor and tensor.is_cpu
+
+
+# A call is made from the midst of a pass, when nothing of this is in the processor's caches: what costs is how
+# much code runs at all, more than what it does. Hence few functions, and no attribute read twice.
 
 
 def _alltoall_base(
@@ -107,14 +158,15 @@ def _alltoall_base(
     async_op: bool = True,
     timeout: int = -1,
 ) -> Any:
-    done = None
-    listener = _listener_of(group)
-    if listener is not None and output.device.type != "meta":
-        num_ranks = dist.ProcessGroup.unbox(group).size()
-        sent = input_split_sizes or _equal_splits(rows, num_ranks)
-        received = output_split_sizes or _equal_splits(output, num_ranks)
-        done = listener.before(sent, received, rows, output)
-    work = torch.ops.c10d.alltoall_base_.default.redispatch(
+    done, listener, whose = None, None, _unbox_group(group)
+    for other, listener, size in _listeners:
+        if other is whose:
+            if not output.is_meta:
+                sent = input_split_sizes or _equal_splits(rows, size)
+                received = output_split_sizes or _equal_splits(output, size)
+                done = listener.before(sent, received, rows, output)
+            break
+    work = _redispatch_base(
         keys & BELOW,
         output,
         rows,
@@ -135,12 +187,14 @@ def _alltoall(
     async_op: bool = True,
     timeout: int = -1,
 ) -> Any:
-    done = None
-    listener = _listener_of(group)
-    if listener is not None and outputs and outputs[0].device.type != "meta":
-        sent, received = [_rows_of(x) for x in inputs], [_rows_of(x) for x in outputs]
-        widest = max(inputs, key=torch.Tensor.dim)
-        done = listener.before(sent, received, widest, outputs[0])
+    done, listener, whose = None, None, _unbox_group(group)
+    for other, listener, _ in _listeners:
+        if other is whose:
+            if outputs and not outputs[0].is_meta:
+                sent, received = [_rows_of(x) for x in inputs], [_rows_of(x) for x in outputs]
+                widest = max(inputs, key=torch.Tensor.dim)
+                done = listener.before(sent, received, widest, outputs[0])
+            break
     results, work = torch.ops.c10d.alltoall_.default.redispatch(
         keys & BELOW, outputs, inputs, group, async_op, timeout
     )
@@ -162,7 +216,7 @@ def _watch(
     if like.is_cuda and not torch.cuda.is_current_stream_capturing():
         done(False)  # queued only: the host knows neither when it begins nor when it ends
         return work
-    inner = dist.Work.unbox(work)
+    inner = _unbox_work(work)
     if not async_op:
         inner.wait()  # as the caller does next
         done(True)
@@ -248,7 +302,7 @@ def end_unfinished(listener: Listener) -> None:
 
 def listener_named(name: str) -> tuple[Listener | None, int]:
     """The listener of a group that an operator knows by name, and the group's size."""
-    for group, listener in _listeners:
+    for group, listener, size in _listeners:
         if group.group_name == name:
-            return listener, group.size()
+            return listener, size
     return None, 0

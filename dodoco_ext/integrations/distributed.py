@@ -7,6 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -153,10 +154,12 @@ class AlltoAllCapture:
     ) -> collectives.Done | None:
         """Places a call whose splits the host has; see `collectives.Listener`."""
         try:
-            if not _carries_rows(rows):
+            dtype, shape = rows.dtype, rows.shape
+            if len(shape) < 2 or not (dtype.is_floating_point or dtype.is_complex):
+                # Not rows of hidden states, but the counts that precede them.
                 self.passed_over["control"] += 1
                 return None
-            call = self._place((sent, received), row_bytes(rows))
+            call = self._place((sent, received), dtype.itemsize * prod(shape[1:]))
             if call is None:
                 return None
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -171,7 +174,7 @@ class AlltoAllCapture:
     ) -> collectives.Done | None:
         """Places a call whose splits lie in tensors; see `collectives.Listener`."""
         try:
-            call = self._place(None, row_bytes(rows))
+            call = self._place(None, rows.dtype.itemsize * prod(rows.shape[1:]))
             if call is None:
                 return None
             return self._stamped_on(str(rows.device) if rows.is_cuda else None, call, read)
@@ -287,19 +290,6 @@ class AlltoAllCapture:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _carries_rows(tensor: torch.Tensor) -> bool:
-    """Whether a message is rows of hidden states, and not the counts that precede them."""
-    return tensor.dim() >= 2 and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def row_bytes(rows: torch.Tensor) -> int:
-    """Bytes of one row of a tensor [rows, ...]."""
-    size = rows.element_size()
-    for length in rows.shape[1:]:
-        size *= length
-    return size
 
 
 def group_spec(group: dist.ProcessGroup | None = None, name: str = "ep") -> GroupSpec:

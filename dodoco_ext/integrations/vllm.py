@@ -24,6 +24,7 @@ from dodoco_ext import ops
 from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import NothingToObserve
 from dodoco_ext.integrations.places import place_of, why_not_there
+from dodoco_ext.integrations.vllm_eplb import placement_spec
 from dodoco_ext.integrations.vllm_slot import Select, Slot
 from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
 from dodoco_ext.recording import Reader
@@ -222,6 +223,7 @@ def attach_loaded(
         devices=tuple(dict.fromkeys(layer.place for layer in layers)) or ("cpu",),
         group=group,
         forms={"ids"},
+        placements=placement_spec(model),
         labels=labels,
         settings=settings,
     )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dodoco_ext import __version__
 from dodoco_ext.errors import NothingToObserve
+from dodoco_ext.integrations import vllm_eplb
 from dodoco_ext.integrations.patch import Patch
 from dodoco_ext.integrations.vllm import LoadedModelAttachment, attach_loaded
 from dodoco_ext.integrations.vllm_rows import Rows, why_not
@@ -28,10 +29,6 @@ from dodoco_ext.settings import Settings
 log = logging.getLogger("vllm.dodoco")
 
 _KEY = "dodoco"
-
-Watcher = Callable[[Any, LoadedModelAttachment], Callable[[], None]]
-WATCHERS: tuple[Watcher, ...] = ()
-"""What else looks at a served model, given its runner and attachment; each returns how to undo it."""
 
 
 def watch(worker: Any) -> Patch:
@@ -113,8 +110,7 @@ def serve(runner: Any, config: Any) -> Serving | None:
         if drafts is not None:
             undo.callback(drafts.detach)
             undo.callback(_count_drafts(runner, drafts).undo)
-        for watcher in WATCHERS:
-            undo.callback(watcher(runner, attachment))
+        undo.callback(vllm_eplb.watch(runner.get_model(), attachment))
         mark_compiled_code(config)
         report(attachment)
         return Serving(attachment, drafts, undo.pop_all())

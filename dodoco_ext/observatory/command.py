@@ -42,6 +42,8 @@ Every condition gets the same number of tokens. SOURCE is one of
 \b
 Examples:
   dodoco observe --preset demo --out results/demo
+  dodoco observe --preset grid --out results/grid
+  dodoco observe --preset grid --model ORG/A --model ORG/B --data grid --data a.txt
   dodoco observe --model zoo:gqa --data mock-uniform --data builtin:prose
   dodoco observe --model ORG/NAME --data mock-unigram:a.txt --data a.txt --data b.jsonl --json
 """
@@ -59,25 +61,33 @@ _NEEDED = (
 @click.command(help=_HELP)
 @click.option(
     "--preset",
-    type=click.Choice(["demo"]),
-    help="The zoo's five models under six conditions.",
+    type=click.Choice(["demo", "grid"]),
+    help="demo: the zoo's five models under six conditions. grid: the same with seeds, ranks, scans over "
+    "batch and EP sizes; or models and conditions of your own. Goes on where it was interrupted.",
 )
 @click.option(
     "--model",
+    "models",
     metavar="MODEL",
-    help="zoo:mla, zoo:mha, zoo:gqa, zoo:mamba2, zoo:gdn, a folder (save_pretrained) or a model id.",
+    multiple=True,
+    help="zoo:mla, zoo:mha, zoo:gqa, zoo:mamba2, zoo:gdn, a folder (save_pretrained) or a model id; "
+    "several for a grid.",
 )
 @click.option("--data", metavar="SOURCE", multiple=True, help="A data condition; give several.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the report. [default: results/observe; demo: results/demo]",
+    help="Folder of the report. [default: results/observe, results/demo, results/grid]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Sequences a pass. [default: 8]")
 @click.option(
     "--sequence-length", type=click.IntRange(min=2), help="Tokens a sequence. [default: 128]"
 )
-@click.option("--num-batches", type=click.IntRange(min=2), help="Passes a condition. [default: 32]")
+@click.option(
+    "--num-batches",
+    type=click.IntRange(min=2),
+    help="Passes a condition. [default: 32; grid: 16 a seed]",
+)
 @click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**32 - 1),
@@ -85,6 +95,9 @@ _NEEDED = (
     show_default=True,
     help="Seed of everything random.",
 )
+@click.option("--seeds", type=click.IntRange(min=1), help="Draws of every condition. [grid: 4]")
+@click.option("--ep", type=click.IntRange(min=1), help="Ranks that hold the experts. [grid: 8]")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. [grid of the zoo: one a core]")
 @click.option("--bos", is_flag=True, help="Begin every sequence with the tokenizer's token for it.")
 @click.option(
     "--padding",
@@ -124,13 +137,16 @@ _NEEDED = (
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def observe(
     preset: str | None,
-    model: str | None,
+    models: tuple[str, ...],
     data: tuple[str, ...],
     out: Path | None,
     batch_size: int | None,
     sequence_length: int | None,
     num_batches: int | None,
     seed: int,
+    seeds: int | None,
+    ep: int | None,
+    jobs: int | None,
     bos: bool,
     padding: int,
     without_first: bool,
@@ -143,11 +159,17 @@ def observe(
     as_json: bool,
 ) -> None:
     """Checks the options, observes, writes the report and prints it."""
-    if preset and (model or data):
+    if preset == "demo" and (models or data):
         raise click.UsageError(
             "--preset demo brings its own model and data: leave out --model and --data"
         )
-    if not preset and not model:
+    if preset != "grid":
+        for name, value in (("--seeds", seeds), ("--ep", ep), ("--jobs", jobs)):
+            if value is not None:
+                raise click.UsageError(f"{name} is for --preset grid: add that, or leave it out")
+        if len(models) > 1:
+            raise click.UsageError("several models make a grid: add --preset grid")
+    if not preset and not models:
         raise click.UsageError(
             "no model given: add --model DIR or --model ID, or use --preset demo"
         )
@@ -166,19 +188,24 @@ def observe(
     shape = Shape(
         batch_size or 8,
         sequence_length or 128,
-        num_batches or 32,
+        num_batches or (16 if preset == "grid" else 32),
         bos=bos,
         padding=padding,
         first_position=not without_first,
     )
     loading = Loading(dtype, device_map, max_memory, streamed, quantization, engine)
     errors = Console(stderr=True)
+    sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
+    if preset == "grid":
+        from dodoco_ext.observatory.grid.command import observe_grid
+
+        observe_grid(models, sources, folder, shape, seed, seeds, ep, jobs, loading, as_json)
+        return
     with _progress(errors) as progress:
-        if model is None:
+        if preset == "demo":
             _demo(folder, shape, seed, progress, as_json)
             return
-        sources = tuple(s for given in data for s in (GRID if given == "grid" else (given,)))
-        result, recording = _run_model(model, loading, sources, shape, seed, errors, progress)
+        result, recording = _run_model(models[0], loading, sources, shape, seed, errors, progress)
     paths = report.write_report(result, folder)
     if as_json:
         click.echo(result.to_json())

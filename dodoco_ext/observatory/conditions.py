@@ -141,15 +141,27 @@ class ConditionBuilder:
         shape: Tokens a condition.
         seed: Seed of every random choice.
         subject: The model, for the conditions that need one.
+        draw: Number of this draw, where several are made with one seed. Draws share no sequence of
+            a text, and nothing else that is random.
+        num_draws: How many are made; a text must be long enough for all.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, shape: Shape, seed: int, subject: Subject | None = None
+        self,
+        tokenizer: Tokenizer,
+        shape: Shape,
+        seed: int,
+        subject: Subject | None = None,
+        *,
+        draw: int = 0,
+        num_draws: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
         self.shape = shape
         self.seed = seed
         self.subject = subject
+        self.draw = draw
+        self.num_draws = num_draws
         self.default_text = DEFAULT_TEXT
         self._texts: dict[str, Text] = {}
         self._sequences: dict[str, Ids] = {}
@@ -204,9 +216,13 @@ class ConditionBuilder:
 
     def rng(self, purpose: str) -> np.random.Generator:
         """A generator for one purpose."""
+        return self._rng(purpose, self.draw)
+
+    def _rng(self, purpose: str, draw: int) -> np.random.Generator:
         # A stream of its own for each purpose: adding a condition leaves the others as they were.
         digest = hashlib.sha256(purpose.encode()).digest()
-        return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
+        own = [draw] if draw else []  # the first draw is what one draw alone would be
+        return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little"), *own])
 
     def _text(self, source: str) -> Text:
         if source not in self._texts:
@@ -219,13 +235,16 @@ class ConditionBuilder:
             ids = encode(self.tokenizer, self._text(source).documents)
             length, needed = self.shape.sequence_length, self.shape.num_sequences
             available = len(ids) // length
-            if available < needed:
-                fitting = available // self.shape.batch_size
+            if available < needed * self.num_draws:
+                fitting = available // (self.shape.batch_size * self.num_draws)
                 raise InputError(
-                    f"{source} gives {len(ids):,} tokens, and {self.shape.num_tokens:,} are needed: "
+                    f"{source} gives {len(ids):,} tokens, and "
+                    f"{self.shape.num_tokens * self.num_draws:,} are needed: "
                     "give a longer text" + (f", or --num-batches {fitting}" if fitting >= 2 else "")
                 )
-            chosen = self.rng(f"windows:{_label(source)}").permutation(available)[:needed]
+            # All draws cut one permutation into pieces, so that none shares a window with another.
+            order = self._rng(f"windows:{_label(source)}", 0).permutation(available)
+            chosen = order[self.draw * needed : (self.draw + 1) * needed]
             self._sequences[source] = ids[: available * length].reshape(available, length)[chosen]
         return self._sequences[source]
 

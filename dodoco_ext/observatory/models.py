@@ -89,6 +89,12 @@ def load_model(
     return _load(source, folder, str(folder) if folder.is_dir() else source, loading, shape)
 
 
+def display_name(source: str) -> str:
+    """What results call a model: its source, without folders."""
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.is_dir() else source
+
+
 def _runner_class(loading: Loading) -> type[Runner]:
     from dodoco_ext.observatory.engine_vllm import VllmRunner
     from dodoco_ext.observatory.resident import Resident, Streamed
@@ -130,7 +136,7 @@ def _load(
                 f"cannot load the model {source!r} ({first_line(error)}): {advice}"
             ) from None
     check_vocabulary(runner.embedding_rows, tokenizer, source)
-    name = source if shipped or not folder.is_dir() else folder.resolve().name
+    name = display_name(source)
     facts = provenance_of(runner, config, tokenizer, folder if folder.is_dir() else None)
     facts["loading"] = "layer by layer" if loading.streamed else "whole"
     return LoadedModel(name, runner, tokenizer, facts)

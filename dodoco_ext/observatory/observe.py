@@ -84,7 +84,7 @@ def run(
         conditions=results,
         ratios=summary.ratios(results, seed),
         uncovered=uncovered,
-        texts=_texts_of(sources),
+        texts=texts_of(sources),
         provenance={**provenance(), **(checkpoint or {}), "lost records": "0"},
         seconds=time.perf_counter() - started,
         bos=shape.bos,
@@ -157,7 +157,7 @@ def _result(
     )
 
 
-def _texts_of(sources: Sequence[str]) -> dict[str, str]:
+def texts_of(sources: Sequence[str]) -> dict[str, str]:
     """Digest of each built-in and packaged text that took part."""
     joined = " ".join(sources)
     found = {

@@ -47,7 +47,7 @@ def without_first(passes: Sequence[tuple[Snapshot, Snapshot]]) -> Window:
                 in_flight=any(half.layers[number].in_flight for pair in passes for half in pair),
             )
         )
-    return Window(replace(passes[0][0], layers=tuple(layers)), records)
+    return Window(replace(passes[0][0], layers=tuple(layers)), records, counts)
 
 
 def _layers(whole: Snapshot, first: Snapshot) -> list[tuple[LayerSnapshot, LayerSnapshot]]:

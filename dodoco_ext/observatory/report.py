@@ -94,7 +94,7 @@ def render_html(result: Result) -> str:
             for condition in result.conditions
         ],
         map_height=max(84, min(420, 26 * len(reference.layers))),
-        legend=_legend(),
+        legend=legend(),
         ends=round(2**charts.DOUBLINGS),
         hover=_hover_data(result, order),
     )
@@ -118,8 +118,8 @@ def _tiles(result: Result) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _legend() -> str:
-    """A CSS gradient of the colour scale."""
+def legend() -> str:
+    """The colour scale of expert maps as a CSS gradient."""
     import numpy as np
 
     scale = charts.colours(np.geomspace(2.0**-charts.DOUBLINGS, 2.0**charts.DOUBLINGS, 13))

@@ -144,6 +144,15 @@ class Streamed(Resident):
             return self._without_first(recorded, batches, shape, told)
         cursor, before = recorded.reader.cursor(), recorded.snapshot()
         layers: list[NDArray[np.void]] = []
+        counts: list[list[NDArray[np.int64]]] = [[] for _ in batches]
+        last = before
+
+        def after_pass(number: int) -> None:
+            nonlocal last
+            now = recorded.snapshot()
+            ran = [layer for layer in (now - last).layers if layer.passes]  # none if it is dense
+            counts[number] += [layer.counts.astype(np.int64) for layer in ran]
+            last = now
 
         def after_layer(done: int, total: int) -> None:
             nonlocal cursor
@@ -154,7 +163,7 @@ class Streamed(Resident):
         losses = [
             loss_of(output, inputs["input_ids"], shape.padding)
             for output, inputs in zip(
-                self._streamed.run(batches, after_layer), batches, strict=True
+                self._streamed.run(batches, after_layer, after_pass), batches, strict=True
             )
         ]
         records = np.concatenate(layers)
@@ -166,7 +175,7 @@ class Streamed(Resident):
             )
         by_layer = records[np.argsort(records["layer"], kind="stable")].reshape(num_layers, -1)
         passes = [in_layer_order(by_layer[:, n], num_layers) for n in range(len(batches))]
-        return Window(recorded.snapshot() - before, passes), losses
+        return Window(recorded.snapshot() - before, passes, counts), losses
 
     def _without_first(
         self, recorded: Recorded, batches: list[Inputs], shape: Shape, told: Told

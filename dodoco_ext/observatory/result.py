@@ -192,20 +192,21 @@ class Result:
 
     def to_json(self) -> str:
         """Strict JSON; nan and infinity become null."""
-        return json.dumps(_plain(self), indent=1, allow_nan=False)
+        return json.dumps(plain(self), indent=1, allow_nan=False)
 
     def write_json(self, path: Path) -> None:
         """Writes `to_json()` to a file."""
         path.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of dataclasses, lists, dicts and numbers as JSON has them; nan and infinity as None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

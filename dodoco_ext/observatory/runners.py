@@ -18,7 +18,7 @@ from dodoco_ext.errors import DodocoError, InputError
 from dodoco_ext.observatory.conditions import Ids, Shape
 from dodoco_ext.observatory.positions import without_first
 from dodoco_ext.observatory.result import ModelFacts
-from dodoco_ext.observatory.summary import Window
+from dodoco_ext.observatory.summary import Window, counts_of
 from dodoco_ext.recorder import LayerSpec, Uncovered
 from dodoco_ext.recording import ROUTE, Cursor, Reader
 
@@ -126,22 +126,25 @@ def pass_after_pass(
         run_first: Runs the first positions of a batch alone.
     """
     num_layers = len(recorded.layers)
-    cursor, before = recorded.reader.cursor(), recorded.snapshot()
-    passes, boards, losses = [], [], []
+    cursor, start = recorded.reader.cursor(), recorded.snapshot()
+    passes, boards, losses, counts = [], [], [], []
+    before = start
     for number, inputs in enumerate(batches, start=1):
         losses.append(run(inputs))
         records, cursor = new_records(recorded, cursor)
         passes.append(in_layer_order(records, num_layers))
+        after = recorded.snapshot()
+        counts.append(counts_of(after - before))
         if not shape.first_position:
-            whole = recorded.snapshot()
             run_first(inputs)
             first = recorded.snapshot()
-            boards.append((whole - before, first - whole))
-            before, cursor = first, recorded.reader.cursor()
+            boards.append((after - before, first - after))
+            after, cursor = first, recorded.reader.cursor()
+        before = after
         told(number, len(batches))
     if not shape.first_position:
         return without_first(boards), losses
-    return Window(recorded.snapshot() - before, passes), losses
+    return Window(before - start, passes, counts), losses
 
 
 def new_records(recorded: Recorded, cursor: Cursor) -> tuple[NDArray[np.void], Cursor]:

@@ -24,10 +24,12 @@ class Window:
     Attributes:
         board: Difference of the snapshots around it.
         passes: Its ring records, one structured array [L] in layer order a pass.
+        counts: What the board counted in each pass, int64 [E] a layer: [passes][layers].
     """
 
     board: Snapshot
     passes: list[NDArray[np.void]]
+    counts: list[list[NDArray[np.int64]]]
 
     def check(self) -> None:
         """Compares the two halves of the recording with each other.
@@ -47,6 +49,17 @@ class Window:
                     f"{layer.passes} passes, the ring {assignments} in {len(self.passes)}; "
                     "let nothing else run the model meanwhile"
                 )
+        for counts, record in zip(self.counts, self.passes, strict=True):
+            if [int(c.sum()) for c in counts] != record["assignments"].tolist():
+                raise DodocoError(
+                    f"a pass of {record['assignments'].tolist()} assignments moved the board by "
+                    f"{[int(c.sum()) for c in counts]}; let nothing else run the model meanwhile"
+                )
+
+
+def counts_of(board: Snapshot) -> list[NDArray[np.int64]]:
+    """Expert counts of each layer, int64 [E]."""
+    return [layer.counts.astype(np.int64) for layer in board.layers]
 
 
 @dataclass(frozen=True, eq=False)

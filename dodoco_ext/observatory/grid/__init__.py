@@ -1,0 +1,1 @@
+"""The grid: several models under several conditions, each cell kept, compared and scanned."""
