@@ -10,6 +10,7 @@ interval of the ratio lies above 1.03.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "tests"
 from environment import describe  # noqa: E402
 from interleave import Summary  # noqa: E402
 
+from dodoco_ext.errors import RecordingError  # noqa: E402
 from dodoco_ext.recording import Reader  # noqa: E402
 from vllm_models import build  # noqa: E402
 from vllm_server import Server, add_plugin, serving, site_of  # noqa: E402
@@ -116,7 +118,11 @@ def of_process(pid: int) -> float:
 
 
 def live(server: Server) -> list[Reader]:
-    return [reader for reader in map(Reader, server.recordings) if reader.state == "live"]
+    found = []
+    for path in server.recordings:
+        with contextlib.suppress(RecordingError):  # being created, or pruned
+            found.append(Reader(path))
+    return [reader for reader in found if reader.state == "live"]
 
 
 def switch(server: Server, worker: int, *, on: bool) -> None:
