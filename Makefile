@@ -58,8 +58,8 @@ check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 list-checks:
 	@echo $(CHECKS)
 
-engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/megatron/.installed ## tests against real engines
-	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" MEGATRON_HOME="$(CURDIR)/build/megatron" \
+engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/vllm-wheels/.downloaded build/megatron/.installed ## tests against real engines
+	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" VLLM_WHEELS="$(CURDIR)/build/vllm-wheels" MEGATRON_HOME="$(CURDIR)/build/megatron" \
 	  MEGATRON_WHEELS="$(CURDIR)/build/megatron/wheels" $(BIN)/pytest -rs tests/engines
 
 
@@ -109,7 +109,8 @@ gpu-check: ## on a machine with a GPU: build, GPU tests, compute-sanitizer, benc
 # C++ programs of tests/cpp, linked with every file of csrc that is free of Python.
 CORE := $(shell grep -L pybind11 $(filter-out csrc/module.cpp csrc/bind_%,$(wildcard csrc/*.cpp)) /dev/null | grep -v /dev/null)
 SANITIZED := build/sanitize/recording_stress.address build/sanitize/recording_damage.address build/sanitize/recording_stress.thread \
-  build/sanitize/device_stress.address build/sanitize/device_stress.thread
+  build/sanitize/device_stress.address build/sanitize/device_stress.thread \
+  build/sanitize/placement_stress.address build/sanitize/placement_stress.thread
 RACE := build/sanitize/recording_race.plain
 RACE_SECONDS ?= 10
 CPP_TEST_FLAGS := -std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Werror -pthread \
@@ -121,7 +122,7 @@ build/sanitize/%.plain: tests/cpp/%.cpp $(CPP_FILES)
 	@mkdir -p $(@D)
 	$(CXX) $(CPP_TEST_FLAGS) -O2 -Icsrc $< $(CORE) -ldl -o $@
 
-build/sanitize/recording_stress.%: LINK := $(ONE_MAPPING)
+build/sanitize/recording_stress.% build/sanitize/placement_stress.%: LINK := $(ONE_MAPPING)
 build/sanitize/device_stress.address: LINK := build/sanitize/fake.address/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.address'
 build/sanitize/device_stress.address: build/sanitize/fake.address/libcuda.so.1
 build/sanitize/device_stress.thread: LINK := build/sanitize/fake.thread/libcuda.so.1 -Wl,-rpath,'$$ORIGIN/fake.thread'
@@ -288,6 +289,16 @@ build/vllm/.installed: $(TORCH_STAMP)
 	@rm -rf build/vllm && $(PYTHON) -m venv build/vllm
 	@build/vllm/bin/python -m pip --disable-pip-version-check install -qq $(TORCH) $(VLLM)
 	@build/vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+# The wheel of another release is only read (tests/engines/test_vllm_contract.py): it is of CUDA, and large.
+VLLM_CHECKED ?= vllm==0.33.0
+build/vllm-wheels/.downloaded: $(TORCH_STAMP)
+	@echo "downloading $(VLLM_CHECKED) into build/vllm-wheels (once)"
+	@rm -rf build/vllm-wheels && mkdir -p build/vllm-wheels
+	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_31_x86_64 -d build/vllm-wheels $(VLLM_CHECKED) \
+	  || echo "no wheel of $(VLLM_CHECKED): its names are not checked"
 	@touch $@
 
 # Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.

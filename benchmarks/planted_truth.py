@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from math import isnan, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ def trends(runs: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 99])
     raw, corrected, at_equal, slopes = 0, 0, 0, []
     for _ in range(runs):
-        scan = observe([router(0.0, rng) for _ in range(LAYERS)], rng).batch_scan()
+        routers = [router(0.0, rng) for _ in range(LAYERS)]
+        scan = observe(routers, rng, draws=4, sequences=128).batch_scan()  # as the grid, by default
         raw += scan.growing.raw_slope.verdict != "none"
         corrected += scan.growing.corrected_slope.verdict != "none"
         at_equal += scan.equal.corrected_slope.verdict != "none"
@@ -102,36 +103,49 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--trend-runs", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    print(
-        "| routing | interval | runs | covers the truth | 95 % | bias | error |\n|---|---|---|---|---|---|---|"
+    parser.add_argument(
+        "--runs", type=int, default=300, help="a kind of routing; 0 leaves this part out"
     )
+    parser.add_argument("--trend-runs", type=int, default=100, help="0 leaves this part out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="a part that was left out is kept as it is there")
+    given = parser.parse_args()
+    stored = json.loads(given.json.read_text("utf-8")) if given.json and given.json.exists() else {}
+    about = {"environment": describe(), "seed": given.seed}
+    if given.runs:
+        stored["coverage"] = {**about, "rows": _coverages(given.runs, given.seed)}
+    if given.trend_runs:
+        stored["uniform"] = {**about, **trends(given.trend_runs, given.seed)}
+        _print_trends(stored["uniform"])
+    if given.json:
+        given.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _coverages(runs: int, seed: int) -> list[dict[str, Any]]:
+    print("| routing | interval | runs | covers the truth | 95 % | bias | error |")
+    print("|---|---|---|---|---|---|---|")
     rows = []
     for name in SCENARIOS:
-        for row in coverage(name, given.runs, given.seed):
+        for row in coverage(name, runs, seed):
             rows.append(row)
             low, high = row["covered_interval"]
-            assert not isnan(row["bias"])
             print(
                 f"| {row['routing']} | {row['interval']} | {row['runs']} | {row['covered']:.1%} | {low:.1%} to "
                 f"{high:.1%} | {row['bias']:+.4f} | {row['error']:.4f} |",
                 flush=True,
             )
-    trend = trends(given.trend_runs, given.seed)
+    return rows
+
+
+def _print_trends(trend: dict[str, Any]) -> None:
+    low, high = trend["corrected_trend_interval"]
     print(
         f"\nUniform routing, {trend['runs']} cells: raw Gini has a trend over batch sizes in {trend['raw_trend']:.0%} "
         f"({trend['mean_raw_slope']:+.4f} a doubling), corrected Gini in {trend['corrected_trend']:.1%} "
-        f"({trend['mean_corrected_slope']:+.5f}; 5 % are expected), at equal token counts "
-        f"{trend['corrected_trend_at_equal_tokens']:.1%}."
+        f"({low:.1%} to {high:.1%}; {trend['mean_corrected_slope']:+.5f} a doubling; 5 % are expected), at equal token "
+        f"counts {trend['corrected_trend_at_equal_tokens']:.1%}."
     )
-    if given.json:
-        stored = {"environment": describe(), "seed": given.seed, "coverage": rows, "uniform": trend}
-        given.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":

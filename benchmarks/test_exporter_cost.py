@@ -15,6 +15,7 @@ from .figures import TOLERANCE, Figures
 from .interleave import Summary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from dodoco_ext.placement_spec import PlacementSpec
 from served import Served, server, work
 
 RANKS, LAYERS, EXPERTS, TOP_K = 8, 61, 256, 8
@@ -76,6 +77,57 @@ def ranks(recordings: Path) -> Iterator[list[Served]]:
     yield made
     for rank in made:
         rank.close()
+
+
+SLOTS = np.concatenate([np.arange(EXPERTS), np.arange(32)])
+
+
+def place(ranks: list[Served], rng: np.random.Generator) -> None:
+    """Every layer of every rank gets other places for its experts."""
+    maps = {layer: rng.permutation(SLOTS) for layer in range(LAYERS)}
+    for rank in ranks:
+        rank.recorder.record_placement(maps, RANKS)
+
+
+def test_a_scrape_of_a_large_server_with_a_load_balancer(
+    figures: Figures, recordings: Path
+) -> None:
+    """Between rearrangements, and after one of all layers."""
+    room = PlacementSpec(len(SLOTS), 4)
+    ranks = server(
+        RANKS,
+        layers=LAYERS,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        max_bytes=8 << 20,
+        placements=room,
+    )
+    rng = np.random.default_rng(0)
+    exporter = Exporter(ranks[0].path.parent, "no-wait")
+    place(ranks, rng)
+    for seed in range(3):
+        for tokens in TOKENS:
+            work(ranks, tokens=tokens, seed=seed)
+        exporter.ask("scrape", 60)
+    between, after = [], []
+    for seed in range(figures.blocks(30)):
+        work(ranks, tokens=4, seed=seed)
+        between.append(exporter.ask("scrape", 0.1))
+        place(ranks, rng)
+        work(ranks, tokens=4, seed=seed + 1)
+        after.append(exporter.ask("scrape", 0.1))
+    exporter.end()
+    for rank in ranks:
+        rank.close()
+    table = figures.table(
+        f"dodoco metrics with placements: {LAYERS} layers, {EXPERTS} experts, {len(SLOTS)} slots, {RANKS} ranks",
+        ("scrape", "CPU ms (p20/p50/p80)", "MiB"),
+    )
+    for name, scrapes in (("nothing moved", between), ("every layer moved", after)):
+        cpu = Summary.of(np.array([each[0] for each in scrapes]))
+        values = " / ".join(f"{value * 1e3:.1f}" for value in (cpu.p20, cpu.p50, cpu.p80))
+        table.rows.append((name, values, f"{max(each[4] for each in scrapes):.0f}"))
+        figures.add(f"exporter/placements/{name}", cpu)
 
 
 @pytest.mark.parametrize("mode", ["waits", "no-wait"])

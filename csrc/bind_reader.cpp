@@ -27,6 +27,8 @@ py::dict header_of(const RecordingReader& reader) {
   d["num_lanes"] = h.num_lanes;
   d["num_faults"] = h.num_faults;
   d["last_fault"] = h.last_fault;
+  d["faults"] =
+      py::tuple(py::cast(std::vector<std::uint64_t>(h.faults, h.faults + kFaultCounters)));
   d["uuid"] = py::bytes(reinterpret_cast<const char*>(h.uuid), sizeof(h.uuid));
   return d;
 }
@@ -71,6 +73,17 @@ py::tuple traffic_of(const RecordingReader& reader, std::uint32_t lane, std::uin
       static_cast<py::ssize_t>(traffic_block_words(reader.group_size())));
   const bool consistent = reader.read_traffic(lane, block, out.mutable_data());
   return py::make_tuple(out, consistent);
+}
+
+// ([(version, ranks, time_ns, iteration, counts [uint64], slots [uint32])], lost)
+py::tuple placements_of(const RecordingReader& reader, std::uint32_t layer) {
+  const PlacementRead read = reader.read_placements(layer);
+  py::list entries;
+  for (const PlacementRecord& e : read.entries) {
+    entries.append(py::make_tuple(e.version, e.num_ranks, e.time_ns, e.iteration,
+                                  array_of(e.counts), array_of(e.slots)));
+  }
+  return py::make_tuple(entries, read.lost);
 }
 
 // Raised by hand, because the exception carries why the file cannot be read.
@@ -123,6 +136,9 @@ void register_reader(py::module_& m) {
       .def_property_readonly("group_size", &RecordingReader::group_size)
       .def_property_readonly("group_index", &RecordingReader::group_index)
       .def("traffic", &traffic_of, py::arg("lane"), py::arg("block"))
+      .def("placements", &placements_of, py::arg("layer"))
+      .def("placements_recorded", &RecordingReader::placements_recorded)
+      .def_property_readonly("placements_kept", &RecordingReader::placements_kept)
       .def("transfers", &transfers_of, py::arg("lane"), py::arg("position"))
       .def("ring", &ring_of, py::arg("lane"), py::arg("position"), py::arg("limit") = UINT64_MAX);
 }

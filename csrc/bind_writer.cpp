@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -9,11 +10,29 @@
 namespace py = pybind11;
 
 namespace dodoco {
+namespace {
+
+// (layer, ranks, slots [P]: logical expert | rank << 16)
+using Placed = std::tuple<std::uint32_t, std::uint32_t,
+                          py::array_t<std::uint32_t, py::array::c_style | py::array::forcecast>>;
+
+std::int64_t record_placement(RecordingWriter& writer, const std::vector<Placed>& layers) {
+  std::vector<LayerPlacement> placements;
+  placements.reserve(layers.size());
+  for (const auto& [layer, num_ranks, slots] : layers)
+    placements.push_back({layer, num_ranks, {slots.data(), slots.data() + slots.size()}});
+  return writer.record_placement(placements);
+}
+
+}  // namespace
 
 void register_writer(py::module_& m) {
   m.attr("SITE_BYTES") = sizeof(Site);
   m.attr("MAX_LANES") = kMaxLanes;
   m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("MAX_SLOTS") = kMaxSlots;
+  m.attr("MAX_KEPT") = kMaxKept;
+  m.attr("EMPTY_SLOT") = kEmptySlot;
 
   py::enum_<Fault>(m, "Fault")
       .value("NONE", Fault::kNone)
@@ -42,6 +61,9 @@ void register_writer(py::module_& m) {
           "num_valid", [](Lane& lane) { return lane.control()->num_valid; },
           [](Lane& lane, std::int64_t value) { lane.control()->num_valid = value; })
       .def_property(
+          "map_version", [](Lane& lane) { return lane.control()->map_version; },
+          [](Lane& lane, std::uint32_t value) { lane.control()->map_version = value; })
+      .def_property(
           "microbatch", [](Lane& lane) { return lane.control()->microbatch; },
           [](Lane& lane, std::uint16_t value) { lane.control()->microbatch = value; });
 
@@ -54,10 +76,20 @@ void register_writer(py::module_& m) {
                        const std::vector<std::pair<std::uint32_t, std::uint32_t>>& layers,
                        std::uint32_t num_lanes, std::uint64_t max_bytes, std::uint32_t mode,
                        std::uint32_t rank, std::uint32_t world_size, std::uint32_t group_size,
-                       std::uint32_t group_index) {
-             RecordingSpec spec{
-                 std::move(path), std::move(metadata), {},         num_lanes, max_bytes, mode, rank,
-                 world_size,      group_size,          group_index};
+                       std::uint32_t group_index, std::uint32_t num_slots,
+                       std::uint32_t kept_placements) {
+             RecordingSpec spec{std::move(path),
+                                std::move(metadata),
+                                {},
+                                num_lanes,
+                                max_bytes,
+                                mode,
+                                rank,
+                                world_size,
+                                group_size,
+                                group_index,
+                                num_slots,
+                                kept_placements};
              for (const auto& [num_experts, top_k] : layers)
                spec.layers.push_back({num_experts, top_k});
              try {
@@ -72,7 +104,8 @@ void register_writer(py::module_& m) {
            py::arg("path"), py::arg("metadata"), py::arg("layers"), py::kw_only(),
            py::arg("num_lanes") = 1, py::arg("max_bytes") = std::uint64_t{8} << 20,
            py::arg("mode") = 0600, py::arg("rank") = 0, py::arg("world_size") = 1,
-           py::arg("group_size") = 0, py::arg("group_index") = 0)
+           py::arg("group_size") = 0, py::arg("group_index") = 0, py::arg("num_slots") = 0,
+           py::arg("kept_placements") = 0)
       .def("lane", &RecordingWriter::lane, py::return_value_policy::reference)
       .def(
           "bind_site",
@@ -82,6 +115,7 @@ void register_writer(py::module_& m) {
           },
           py::arg("address"), py::arg("lane"), py::arg("layer"))
       .def("add_fault", &RecordingWriter::add_fault)
+      .def("record_placement", &record_placement, py::arg("layers"))
       .def("close", &RecordingWriter::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("closed", &RecordingWriter::closed)
       .def_property_readonly("num_slots", &RecordingWriter::num_slots)

@@ -20,7 +20,9 @@ constexpr std::uint32_t kMaxSections = 64;
 constexpr std::uint32_t kMaxLanes = 16;
 constexpr std::uint32_t kMaxLayers = 65536;  // a ring record keeps the layer in 16 bits
 constexpr std::uint32_t kMaxExperts = 65536;
-constexpr std::uint32_t kMaxRanks = 1024;  // of a group: its two rows of counts fit one record
+constexpr std::uint32_t kMaxRanks = 1024;   // of a group: its two rows of counts fit one record
+constexpr std::uint32_t kMaxSlots = 65536;  // physical experts of a layer: replicas of logical ones
+constexpr std::uint32_t kMaxKept = 1024;    // placements kept of a layer
 constexpr std::uint64_t kSectionAlignment = 64;
 constexpr std::uint64_t kMaxMetadataBytes = 16u << 20;
 constexpr std::uint64_t kMaxFileBytes = std::uint64_t{1} << 32;
@@ -32,7 +34,7 @@ enum class SectionKind : std::uint32_t {
   kLayers = 2,      // LayerEntry[num_layers]
   kBoard = 3,       // one per lane: the board blocks of all layers
   kRing = 4,        // one per lane: RingHeader, then slots
-  kPlacement = 5,   // reserved: physical expert maps, one entry at each change
+  kPlacement = 5,   // where asked for: PlacementHeader, then a block per layer
   kPassCounts = 6,  // reserved: packed per-pass counts, on request only
   kTokenIds = 7,    // reserved: per-token ids, on request only
   kTraffic = 8,     // one per lane, where a group was named: TrafficHeader, then blocks
@@ -61,6 +63,7 @@ enum class Fault : std::uint32_t {
   kDeviceError = 9,    // a launch was refused
   kUnattributed = 10,  // an AlltoAll that fits no layer or no forward one
 };
+constexpr std::uint32_t kFaultCounters = 16;
 
 struct FileHeader {
   std::uint64_t magic;
@@ -80,12 +83,14 @@ struct FileHeader {
   std::uint32_t last_fault;  // Fault
   std::uint64_t num_faults;
   std::uint8_t uuid[16];
-  std::uint8_t reserved[144];
+  std::uint64_t faults[kFaultCounters];  // by Fault; all zero in recordings of older writers
+  std::uint8_t reserved[16];
   Section sections[kMaxSections];
 };
 static_assert(offsetof(FileHeader, state) == 24);
 static_assert(offsetof(FileHeader, num_faults) == 80);
 static_assert(offsetof(FileHeader, uuid) == 88);
+static_assert(offsetof(FileHeader, faults) == 104);
 static_assert(offsetof(FileHeader, sections) == 248);
 static_assert(sizeof(FileHeader) <= kHeaderBytes);
 
@@ -242,6 +247,41 @@ constexpr std::uint64_t traffic_block(std::uint64_t layer, std::uint32_t type) {
 
 constexpr std::uint64_t traffic_block_words(std::uint64_t num_ranks) {
   return kTrafficWords + (2 * num_ranks + 7) / 8 * 8;
+}
+
+// --- Placement: on which rank each physical expert lies, and which logical expert it is. ---------
+struct PlacementHeader {
+  std::uint64_t num_slots;    // most physical experts of a layer
+  std::uint64_t kept;         // entries of a layer; older ones are overwritten
+  std::uint64_t entry_bytes;  // of one entry
+  std::uint64_t recorded;     // times that placements were recorded; the next one's version
+  std::uint64_t reserved[4];
+};
+static_assert(sizeof(PlacementHeader) == 64);
+
+struct PlacementHead {  // of the block of a layer; its entries follow
+  std::uint64_t
+      head;  // entries ever written; entry n: place n % kept, epoch n / kept % kEpochs + 1
+  std::uint64_t reserved[7];
+};
+static_assert(sizeof(PlacementHead) == 64);
+
+// An entry, as words {u32 value, u32 epoch} like those of a ring's slots.
+enum PlacementWord : std::uint32_t {
+  kPlacementVersion = 0,
+  kPlacementTimeLow = 1,  // monotonic nanoseconds
+  kPlacementTimeHigh = 2,
+  kPlacementIterationLow = 3,  // of the latest record in a ring
+  kPlacementIterationHigh = 4,
+  kPlacementRanks = 5,
+  kPlacementSlots = 6,   // physical experts P
+  kPlacementCounts = 8,  // from here: E low and E high halves of the counts so far, then P slots
+};
+// A slot: logical expert (low 16 bits), rank (high 16 bits); or
+constexpr std::uint32_t kEmptySlot = 0xFFFFFFFF;
+
+constexpr std::uint64_t placement_entry_words(std::uint64_t num_experts, std::uint64_t num_slots) {
+  return kPlacementCounts + 2 * num_experts + num_slots;
 }
 
 // --- What an op receives instead of arguments that could change under a captured graph. ---------

@@ -161,7 +161,7 @@ void RecordingReader::find_sections(const FileHeader& h) {
   std::vector<std::uint64_t> board_bytes(h.num_lanes, 0);
   std::vector<const Section*> traffic(h.num_lanes, nullptr);
   std::vector<std::pair<std::uint64_t, std::uint64_t>> taken;  // begin and end of each section
-  const Section* layer_table = nullptr;
+  const Section *layer_table = nullptr, *placement = nullptr;
   for (std::uint32_t i = 0; i < h.num_sections; ++i) {
     const Section& s = h.sections[i];
     if (s.offset % kSectionAlignment != 0 || s.offset < kHeaderBytes || s.offset > bytes_ ||
@@ -199,6 +199,9 @@ void RecordingReader::find_sections(const FileHeader& h) {
           fail(Problem::kDamaged, "is damaged: traffic of an unknown lane");
         traffic[s.lane] = &s;
         break;
+      case SectionKind::kPlacement:
+        placement = &s;
+        break;
       default:
         break;  // sections of later writers are skipped
     }
@@ -215,6 +218,7 @@ void RecordingReader::find_sections(const FileHeader& h) {
   copy(layer_table->offset, layer_table->bytes, layers_.data());
   check_layers(board_bytes);
   check_traffic(traffic);
+  check_placement(placement);
 }
 
 // All lanes have traffic of one group, or none has.

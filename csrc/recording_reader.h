@@ -88,6 +88,20 @@ struct RingRead {
   std::uint64_t unknown;  // slots of records that this version does not know
 };
 
+struct PlacementRecord {
+  std::uint32_t version;
+  std::uint32_t num_ranks;
+  std::uint64_t time_ns;  // Unix time, by the clock of the recording's machine
+  std::uint64_t iteration;
+  std::vector<std::uint64_t> counts;  // of each expert when it was recorded
+  std::vector<std::uint32_t> slots;   // logical expert | rank << 16, or kEmptySlot
+};
+
+struct PlacementRead {
+  std::vector<PlacementRecord> entries;  // oldest first
+  std::uint64_t lost;                    // overwritten, not whole, or impossible
+};
+
 enum class Owner { kAlive, kGone };
 
 class RecordingReader {
@@ -118,6 +132,13 @@ class RecordingReader {
   // traffic_block(). True: the copy is consistent.
   bool read_traffic(std::uint32_t lane, std::uint64_t block, std::uint64_t* words) const;
 
+  // Times that placements were recorded; most entries kept of a layer, 0: none are recorded.
+  std::uint64_t placements_recorded() const;
+  std::uint64_t placements_kept() const { return placement_.kept; }
+
+  // The placements of a layer that are still there.
+  PlacementRead read_placements(std::uint32_t layer) const;
+
   // The records of a lane from `position` on, at most `limit`.
   RingRead read_ring(std::uint32_t lane, std::uint64_t position, std::uint64_t limit) const;
 
@@ -130,6 +151,7 @@ class RecordingReader {
   void find_sections(const FileHeader& header);
   void check_layers(const std::vector<std::uint64_t>& board_bytes) const;
   void check_traffic(const std::vector<const Section*>& sections);
+  void check_placement(const Section* section);
   void copy(std::uint64_t offset, std::uint64_t bytes, void* to) const;
   [[noreturn]] void fail(Problem problem, const std::string& what) const;
   [[noreturn]] void fail_unborn() const;
@@ -144,6 +166,8 @@ class RecordingReader {
   std::vector<std::uint64_t> traffic_;  // where the blocks of each lane begin
   std::uint64_t traffic_stride_ = 0;
   std::uint32_t group_size_ = 0, group_index_ = 0;
+  PlacementHeader placement_{};  // as it was when the file was opened
+  std::uint64_t placement_offset_ = 0, placement_stride_ = 0;
   std::uint64_t clock_offset_ns_ = 0;
 };
 

@@ -186,6 +186,12 @@ void RecordingWriter::lay_out(const RecordingSpec& spec) {
         block_bytes);
   }
 
+  if (spec.kept_placements != 0) {
+    const PlacementShape shape = placement_shape(layers_, spec.num_slots, spec.kept_placements);
+    add(SectionKind::kPlacement, 0, shape.section_bytes(layers_.size()), layers_.size(),
+        shape.block_bytes());
+  }
+
   // The rings take what the cap leaves: as many slots as fit, a power of two.
   const auto total = [&](std::uint64_t slots) {
     return offset + spec.num_lanes * (sizeof(RingHeader) + slots * kSlotBytes);
@@ -214,7 +220,8 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
   header->num_sections = static_cast<std::uint32_t>(sections_.size());
   header->created_unix_ns = unix_ns();
   header->created_monotonic_ns = monotonic_ns();
-  header->owner_pid = static_cast<std::uint32_t>(::getpid());
+  owner_ = ::getpid();
+  header->owner_pid = static_cast<std::uint32_t>(owner_);
   header->rank = spec.rank;
   header->world_size = spec.world_size;
   header->num_layers = static_cast<std::uint32_t>(layers_.size());
@@ -236,6 +243,10 @@ void RecordingWriter::fill(const RecordingSpec& spec) {
         break;
       case SectionKind::kBoard:
         boards.push_back(at);
+        break;
+      case SectionKind::kPlacement:
+        placement_.open(at, layers_,
+                        placement_shape(layers_, spec.num_slots, spec.kept_placements));
         break;
       case SectionKind::kTraffic:
         *reinterpret_cast<TrafficHeader*>(at) = {group_size_, spec.group_index, {}};
@@ -287,6 +298,49 @@ void RecordingWriter::add_fault(Fault fault) {
   if (header->owner_pid != static_cast<std::uint32_t>(::getpid())) return;  // a forked child
   __atomic_store_n(&header->last_fault, static_cast<std::uint32_t>(fault), __ATOMIC_RELAXED);
   __atomic_fetch_add(&header->num_faults, 1, __ATOMIC_RELAXED);
+  const auto index = static_cast<std::uint32_t>(fault);
+  if (index < kFaultCounters) __atomic_fetch_add(&header->faults[index], 1, __ATOMIC_RELAXED);
+}
+
+// Of the latest record that starts in a ring; 0 where there is none.
+std::uint64_t RecordingWriter::latest_iteration() const {
+  std::uint64_t latest = 0;
+  for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
+    const auto* ring =
+        reinterpret_cast<const RingHeader*>(base_ + section(SectionKind::kRing, lane).offset);
+    const auto* slots = reinterpret_cast<const std::uint64_t*>(ring + 1);
+    const std::uint64_t head = load_word(&ring->head);
+    const std::uint64_t least = head - std::min<std::uint64_t>({head, num_slots_, kMaxRecordSlots});
+    for (std::uint64_t n = head; n-- > least;) {
+      std::uint32_t v[kSlotWords];
+      const std::uint64_t* slot = slots + (n & (num_slots_ - 1)) * kSlotWords;
+      if (read_slot(slot, ring_epoch(n, num_slots_), v) != SlotRead::kWhole ||
+          (v[kRouteType] & 0xFF) == static_cast<std::uint32_t>(RecordType::kContinuation)) {
+        continue;
+      }
+      const std::uint64_t high = v[kRouteIterationHigh];
+      latest = std::max(latest, v[kRouteIterationLow] | high << 32);
+      break;
+    }
+  }
+  return latest;
+}
+
+std::int64_t RecordingWriter::record_placement(const std::vector<LayerPlacement>& layers) {
+  placement_.check(layers);
+  if (owner_ != ::getpid()) return -1;  // a forked child, in which nobody may hold the lock
+  const auto counts_of = [this](std::uint64_t layer, std::uint64_t* counts) {
+    const std::uint64_t num_experts = layers_[layer].num_experts;
+    std::fill(counts, counts + num_experts, 0);
+    std::vector<std::uint64_t> words(board_block_words(num_experts));
+    for (std::uint32_t lane = 0; lane < num_lanes(); ++lane) {
+      const std::uint8_t* board = base_ + section(SectionKind::kBoard, lane).offset;
+      read_block(reinterpret_cast<const std::uint64_t*>(board + layers_[layer].board_offset),
+                 num_experts, words.data());
+      for (std::uint64_t e = 0; e < num_experts; ++e) counts[e] += words[kBoardWords + e];
+    }
+  };
+  return placement_.record(layers, [this] { return latest_iteration(); }, counts_of);
 }
 
 void RecordingWriter::close() {
@@ -294,6 +348,7 @@ void RecordingWriter::close() {
   for (Site* site : sites_) store_word(&site->magic, 0);
   for (Lane* lane : lanes_) lane->close();
   auto* header = reinterpret_cast<FileHeader*>(base_);
+  if (owner_ == ::getpid()) placement_.close();
   ForkRegistry& registry = fork_registry();
   const std::lock_guard<std::mutex> guard(registry.mutex);
   const bool owner = registry.lock_fds.erase(lock_fd_) != 0;  // a forked child owns nothing

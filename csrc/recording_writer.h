@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "lane.h"
+#include "placement.h"
 
 namespace dodoco {
 
@@ -26,6 +27,8 @@ struct RecordingSpec {
   std::uint32_t world_size = 1;
   std::uint32_t group_size = 0;  // ranks that transfers are between; 0: none are recorded
   std::uint32_t group_index = 0;
+  std::uint32_t num_slots = 0;        // physical experts of a layer, at most
+  std::uint32_t kept_placements = 0;  // of a layer; 0: none are recorded
 };
 
 class RecordingWriter {
@@ -45,6 +48,10 @@ class RecordingWriter {
   void bind_site(void* address, std::uint32_t lane, std::uint64_t layer);
 
   void add_fault(Fault fault);
+
+  // Records where experts lie from now on. Returns its version; -1: the recording has ended, or
+  // this is a forked child. Throws std::invalid_argument for what cannot be. Thread-safe.
+  std::int64_t record_placement(const std::vector<LayerPlacement>& layers);
 
   // Stops recording, marks the file closed, releases the lock. Idempotent.
   void close();
@@ -68,6 +75,7 @@ class RecordingWriter {
  private:
   void lay_out(const RecordingSpec& spec);
   void fill(const RecordingSpec& spec);
+  std::uint64_t latest_iteration() const;
 
   std::uint64_t file_bytes_ = 0;
   std::uint64_t num_slots_ = 0;
@@ -76,9 +84,11 @@ class RecordingWriter {
   std::vector<LayerEntry> layers_;
   std::vector<Lane*> lanes_;
   std::vector<Site*> sites_;
+  PlacementWriter placement_;
   std::uint8_t* base_ = nullptr;
   std::uint8_t* mapped_ = nullptr;
   int lock_fd_ = -1;
+  int owner_ = 0;                // process
   std::atomic<int> holders_{1};  // the writer itself until close()
 };
 

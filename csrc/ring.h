@@ -61,13 +61,13 @@ class RingWriter {
 
 enum class SlotRead { kWhole, kNotYet, kLapped };
 
-// Copies the record that `slot` (kSlotWords words, perhaps moving) holds if it is the one of the
-// lap with epoch `expected`. Thread-safe; never blocks.
-inline SlotRead read_slot(const std::uint64_t* slot, std::uint32_t expected,
-                          std::uint32_t (&values)[kSlotWords]) {
+// Copies `num_words` words (perhaps moving) if they are those of the lap with epoch `expected`.
+// Thread-safe; never blocks.
+inline SlotRead read_words(const std::uint64_t* words, std::uint64_t num_words,
+                           std::uint32_t expected, std::uint32_t* values) {
   SlotRead result = SlotRead::kWhole;
-  for (std::uint32_t i = 0; i < kSlotWords; ++i) {
-    const std::uint64_t word = load_word(slot + i);
+  for (std::uint64_t i = 0; i < num_words; ++i) {
+    const std::uint64_t word = load_word(words + i);
     const auto epoch = static_cast<std::uint32_t>(word >> 32);
     if (epoch != expected) {
       const std::uint32_t ahead =
@@ -78,6 +78,12 @@ inline SlotRead read_slot(const std::uint64_t* slot, std::uint32_t expected,
     values[i] = static_cast<std::uint32_t>(word);
   }
   return result;
+}
+
+// The record that a slot of the ring holds.
+inline SlotRead read_slot(const std::uint64_t* slot, std::uint32_t expected,
+                          std::uint32_t (&values)[kSlotWords]) {
+  return read_words(slot, kSlotWords, expected, values);
 }
 
 }  // namespace dodoco

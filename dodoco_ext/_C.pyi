@@ -19,6 +19,9 @@ cuda_archs: str
 SITE_BYTES: int
 MAX_LANES: int
 MAX_RANKS: int
+MAX_SLOTS: int
+MAX_KEPT: int
+EMPTY_SLOT: int
 TRANSFERS_AT_ONCE: int
 FLAG_BACKWARD: int
 FLAG_RECOMPUTE: int
@@ -53,6 +56,7 @@ class Lane:
     enabled: bool
     record_every: int
     num_valid: int
+    map_version: int
     microbatch: int
 
 class LaneChoice:
@@ -72,10 +76,13 @@ class RecordingWriter:
         world_size: int = 1,
         group_size: int = 0,
         group_index: int = 0,
+        num_slots: int = 0,
+        kept_placements: int = 0,
     ) -> None: ...
     def lane(self, index: int) -> Lane: ...
     def bind_site(self, address: int, lane: int, layer: int) -> None: ...
     def add_fault(self, fault: Fault) -> None: ...
+    def record_placement(self, layers: list[tuple[int, int, NDArray[np.uint32]]]) -> int: ...
     def close(self) -> None: ...
     @property
     def closed(self) -> bool: ...
@@ -154,6 +161,12 @@ class RecordingReader:
     def transfers(
         self, lane: int, position: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint32], int, int]: ...
+    def placements(
+        self, layer: int
+    ) -> tuple[list[tuple[int, int, int, int, NDArray[np.uint64], NDArray[np.uint32]]], int]: ...
+    def placements_recorded(self) -> int: ...
+    @property
+    def placements_kept(self) -> int: ...
     def board(self, lane: int, layer: int) -> tuple[NDArray[np.uint64], bool]: ...
     def ring(
         self, lane: int, position: int, limit: int = ...

@@ -16,14 +16,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from numpy.typing import ArrayLike
+
 from dodoco_ext import _C, __version__
 from dodoco_ext.device import FORMS, MAX_EXPERTS, Device
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.folders import distrust
+from dodoco_ext.placement_spec import PlacementSpec, check_room, packed_slots
 from dodoco_ext.pruning import prune
 from dodoco_ext.settings import SUFFIX, Settings
 
 log = logging.getLogger("dodoco")
+
+_OF_ALL_LANES = ("enabled", "record_every", "map_version")
 
 # Lanes of a device where nobody asked for more: one for the stream that runs the model, one for the
 # stream that captures it.
@@ -82,6 +87,7 @@ class Recorder:
         devices: Where layers are: `cpu`, `cuda:0` and so on.
         group: The ranks that transfers are between; None: no transfers are recorded. With one there
             is a lane of the host even where all layers are on devices.
+        placements: Room for `record_placement()`; None: none are recorded.
         forms: Forms in which choices arrive on devices; see `device.FORMS`.
         labels: Text to find the recording by, such as `{"model_name": ...}`.
         settings: Where and how to record; the environment's by default.
@@ -98,6 +104,7 @@ class Recorder:
         path: The recording's file.
         lanes: The lanes of the host; none where all layers are on devices and there is no group.
         group: The ranks that transfers are between.
+        placements: Room for placements.
         devices: The devices that record, by name.
         refused: The devices that could not be set up, with the reason. The recording says so as a
             fault, and `site()` of their layers cannot be had.
@@ -111,6 +118,7 @@ class Recorder:
         lanes: int | None = None,
         devices: Sequence[str] = ("cpu",),
         group: GroupSpec | None = None,
+        placements: PlacementSpec | None = None,
         forms: Collection[str] = tuple(FORMS),
         labels: Mapping[str, str] | None = None,
         settings: Settings | None = None,
@@ -126,6 +134,9 @@ class Recorder:
                 )
         self.num_lanes = 1 if lanes is None else lanes
         self.group = group
+        self.placements = placements
+        if placements is not None:
+            check_room(placements)
         if group is not None:
             _check(group)
             devices = tuple(dict.fromkeys(("cpu", *devices)))
@@ -166,8 +177,8 @@ class Recorder:
     def set(self, name: str, value: int, lane: int | None = None) -> None:
         """Changes a setting of lanes for the passes that follow.
 
-        On a device it takes its turn in the current stream. Where no lane is named, `enabled` and
-        `record_every` change in all of them, `num_valid` and `microbatch` in the host's first one
+        On a device it takes its turn in the current stream. Where no lane is named, `enabled`,
+        `record_every` and `map_version` change in all of them, `num_valid` and `microbatch` in the host's first one
         and in all of a device's, as streams choose theirs by themselves.
 
         Raises:
@@ -176,7 +187,7 @@ class Recorder:
         if lane is not None:
             host = self.lanes[lane : lane + 1]
         else:
-            host = self.lanes if name in ("enabled", "record_every") else self.lanes[:1]
+            host = self.lanes if name in _OF_ALL_LANES else self.lanes[:1]
         # Devices first: they may refuse, and nothing has changed then.
         for device in self.devices.values():
             device.set(name, value, lane)
@@ -223,6 +234,47 @@ class Recorder:
     def add_fault(self, fault: _C.Fault) -> None:
         """Counts a telemetry fault in the recording's header."""
         self._writer.add_fault(fault)
+
+    def record_placement(
+        self,
+        layers: Mapping[int, ArrayLike],
+        num_ranks: int,
+        ranks: ArrayLike | None = None,
+    ) -> int:
+        """Records where experts lie from now on. The first call says where they lay before.
+
+        Records of later passes carry the version that this returns; those before the first call have
+        version 0, as the first call has. Counts so far are kept with it, so that readers know what
+        was routed under which placement: exact on the host; on a device, without the passes that wait
+        in its streams. Thread-safe; not for the hot path.
+
+        Args:
+            layers: For each layer that changes, the logical expert in each of its physical slots,
+                [P]; -1: empty. The first call should name all layers.
+            num_ranks: Expert-parallel ranks R, at most 1024.
+            ranks: The rank that holds each slot, [P]; None: P / R consecutive ones each.
+
+        Returns:
+            The version, which is the number of changes so far; -1 where the recording has ended.
+
+        Raises:
+            InputError: A layer, a slot or a rank is impossible, or there is no room for placements.
+            RuntimeError: The current stream is being captured into a graph.
+        """
+        for layer in layers:
+            if layer < 0:
+                raise InputError(f"no layer {layer} in this recording")
+        packed = [
+            (layer, num_ranks, packed_slots(layer, s, num_ranks, ranks))
+            for layer, s in layers.items()
+        ]
+        try:
+            version = self._writer.record_placement(packed)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        if version > 0:
+            self.set("map_version", version & 0xFFFFFFFF)
+        return version
 
     @property
     def closed(self) -> bool:
@@ -285,6 +337,8 @@ class Recorder:
                     world_size=settings.world_size,
                     group_size=len(self.group.ranks) if self.group else 0,
                     group_index=self.group.index if self.group else 0,
+                    num_slots=self.placements.num_slots if self.placements else 0,
+                    kept_placements=self.placements.kept if self.placements else 0,
                 )
             except (OSError, ValueError, RecordingError) as error:
                 refusals.append(f"{directory}: {error}")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dodoco_ext import _C
 from dodoco_ext.counters import COUNTERS, Counts, LayerSnapshot, Snapshot
 from dodoco_ext.errors import InputError, RecordingError
+from dodoco_ext.placements import Placements, read_placements
 from dodoco_ext.transfers import (
     Group,
     TrafficTotals,
@@ -174,6 +175,15 @@ class Reader:
         """The exact totals of all transfers, one entry for every layer and type."""
         with _readable():
             return read_traffic(self._file, len(self._layers), self.group)
+
+    def placements(self, known: Placements | None = None) -> Placements | None:
+        """Where experts lay, and what had been counted then; None where there is no room for that.
+
+        Args:
+            known: From an earlier call; returned as it is where nothing has been recorded since.
+        """
+        with _readable():
+            return read_placements(self._file, len(self._layers), known)
 
     def last_ns(self) -> int:
         """When the last pass was counted, Unix nanoseconds; 0: none was.

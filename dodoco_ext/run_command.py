@@ -16,6 +16,7 @@ from dodoco_ext import settings
     "  dodoco run --archive runs -- python train.py\n"
     "  dodoco run --archive runs -- torchrun --nproc-per-node 8 train.py\n"
     "  srun dodoco run --archive /project/runs -- python train.py\n"
+    "  dodoco run -- vllm serve MODEL                record a vLLM server\n"
     "  dodoco run --archive runs                     archive what killed supervisors left\n"
     "\b\nExit code: that of COMMAND; 128 + n if signal n ended it; 126 or 127 if it cannot be started.",
 )
@@ -41,7 +42,8 @@ def run(
 ) -> None:
     """Run COMMAND, outlive it, and archive what it recorded.
 
-    The processes that COMMAND starts share the name of one run. Signals are passed on to it. With
+    The processes that COMMAND starts share the name of one run, and vLLM servers among them are recorded
+    (DODOCO=1), unless DODOCO=0 says otherwise. Signals are passed on to it. With
     --archive they record into a private folder (DODOCO_DIR if that is set), and when COMMAND ends, or is
     killed, all their recordings are copied to DIR, whole. What a killed supervisor leaves, the next
     one archives.

@@ -17,7 +17,11 @@ SUFFIX = ".dodoco"
 SUPERVISED = "supervised"
 """Folder, among a user's recordings, of those whose job `dodoco run --archive` looks after."""
 
+PLUGIN, ALLOWED_PLUGINS = "dodoco", "VLLM_PLUGINS"
+"""The name of vLLM's plugin, and the variable that names the ones it may load; all, where not set."""
+
 TABLE: tuple[tuple[str, str, str], ...] = (
+    ("DODOCO", "0", "1: record vLLM servers, by the plugin; `dodoco run` sets it"),
     ("DODOCO_DIR", "/dev/shm/dodoco-UID", "folder of the recordings; shared with the group if set"),
     ("DODOCO_MAX_BYTES", "8388608", "largest recording of one rank, in bytes"),
     ("DODOCO_RECORD_EVERY", "1", "iterations between ring records; the board counts every pass"),
@@ -108,13 +112,19 @@ def supervised(directories: Iterable[Path]) -> list[Path]:
 def debug(environ: Mapping[str, str] | None = None) -> bool:
     """Whether `DODOCO_DEBUG` asks for tracebacks; never fails, as it is read while reporting errors."""
     env = os.environ if environ is None else environ
-    return env.get("DODOCO_DEBUG", "").lower() not in ("", "0", "false", "no")
+    return _is_set(env, "DODOCO_DEBUG")
+
+
+def plugins_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether `DODOCO` asks engines that load plugins to be recorded."""
+    env = os.environ if environ is None else environ
+    return _is_set(env, "DODOCO")
 
 
 def given(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """The settings that the environment names, misspelt ones included, with their text."""
     env = os.environ if environ is None else environ
-    return {name: env[name] for name in sorted(env) if name.startswith("DODOCO_")}
+    return {n: env[n] for n in sorted(env) if n == "DODOCO" or n.startswith("DODOCO_")}
 
 
 def job_name(env: Mapping[str, str]) -> str | None:
@@ -129,10 +139,17 @@ def job_name(env: Mapping[str, str]) -> str | None:
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)[:64]
 
 
-def variables(*, run: str | None = None, directory: Path | None = None) -> dict[str, str]:
-    """The environment that asks for a run's name, or a folder."""
-    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory}
+def variables(
+    *, run: str | None = None, directory: Path | None = None, plugins: bool | None = None
+) -> dict[str, str]:
+    """The environment that asks for a run's name, a folder, or engines to be recorded."""
+    wanted = None if plugins is None else int(plugins)
+    asked = {"DODOCO_RUN": run, "DODOCO_DIR": directory, "DODOCO": wanted}
     return {name: str(value) for name, value in asked.items() if value is not None}
+
+
+def _is_set(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").lower() not in ("", "0", "false", "no")
 
 
 def _integer(env: Mapping[str, str], names: tuple[str, ...], default: int, *, minimum: int) -> int:

@@ -15,7 +15,15 @@ from pathlib import Path
 from dodoco_ext.archive import Collector, of_this_job
 from dodoco_ext.errors import InputError
 from dodoco_ext.folders import distrust
-from dodoco_ext.settings import SUPERVISED, Settings, job_name, supervised, variables
+from dodoco_ext.settings import (
+    ALLOWED_PLUGINS,
+    PLUGIN,
+    SUPERVISED,
+    Settings,
+    job_name,
+    supervised,
+    variables,
+)
 
 EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_SIGNAL = 126, 127, 128
 
@@ -58,7 +66,9 @@ class Supervisor:
         self.command = list(command)
         self.grace_s = grace_s
         self.archive = None if archive is None else archive.absolute()
-        self.environ = dict(os.environ if environ is None else environ)
+        given = os.environ if environ is None else environ
+        self.environ = {**variables(plugins=True), **given}  # who says DODOCO=0 has it
+        allow_plugin(self.environ)
         self.environ.update(variables(run=run))
         self.settings = Settings.from_environment(self.environ)
         self.run = self.settings.run or job_name(self.environ) or self._invented()
@@ -168,6 +178,13 @@ def collect_abandoned(directories: Sequence[Path]) -> int:
             done += len(collector.copied)
             _remove_copied(collector)
     return done
+
+
+def allow_plugin(environ: dict[str, str]) -> None:
+    """Adds the plugin to those that vLLM is allowed to load, where the environment names them."""
+    allowed = environ.get(ALLOWED_PLUGINS)
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        environ[ALLOWED_PLUGINS] = ",".join(filter(None, (allowed, PLUGIN)))
 
 
 def say(text: str) -> None:

@@ -62,6 +62,25 @@ def by_reader(path: Path) -> Described:
         "lost": lost,
         "records": [[int(record[name]) for name in RECORD] for record in records],
         **(_transfers_by_reader(reader) if reader.group else {}),
+        **_placements_by_reader(reader),
+    }
+
+
+def _placements_by_reader(reader: Reader) -> Described:
+    placements = reader.placements()
+    if placements is None:
+        return {}
+    return {
+        "placements": [
+            [
+                [
+                    *(p.version, p.time_ns, p.iteration, p.num_ranks),
+                    *(p.counts.tolist(), p.experts.tolist(), p.ranks.tolist()),
+                ]
+                for p in layer.kept
+            ]
+            for layer in placements.layers
+        ]
     }
 
 
@@ -100,6 +119,23 @@ def by_format(path: Path) -> Described:
         "lost": sum(lost for _, _, lost in rings) + stray,
         "records": [_record(*record, clock) for record in reader.routes()],
         **(_transfers_by_format(reader, transfers, clock) if "group" in reader.metadata else {}),
+        **(_placements_by_format(reader, clock) if (5, 0) in reader.places else {}),
+    }
+
+
+def _placements_by_format(reader: FormatReader, clock: int) -> Described:
+    return {
+        "placements": [
+            [
+                [
+                    *(v[0], (v[1] | v[2] << 32) + clock, v[3] | v[4] << 32, v[5], counts),
+                    [-1 if slot == 2**32 - 1 else slot & 0xFFFF for slot in slots],
+                    [-1 if slot == 2**32 - 1 else slot >> 16 for slot in slots],
+                ]
+                for v, counts, slots in reader.placements(layer)
+            ]
+            for layer in range(reader.header["num_layers"])
+        ]
     }
 
 

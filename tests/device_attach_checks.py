@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -26,6 +27,8 @@ import dodoco_ext as dodoco
 from dodoco_ext import attachment, device
 from dodoco_ext.errors import InputError
 from dodoco_ext.integrations import places
+from dodoco_ext.placement_spec import PlacementSpec
+from dodoco_ext.recorder import Recorder
 from dodoco_ext.settings import Settings
 from fake_cuda import FakeCuda, Live
 from fake_torch import CUDA, exchange
@@ -160,6 +163,24 @@ def check_settings() -> None:
         layer = attached.snapshot().layers[0]
         assert layer.padded == (18 - 5) * 2
         assert layer.tokens == sum(len(tokens) for tokens in PASSES) + 5
+
+
+def check_placements() -> None:
+    """Passes on a device carry the version of the placement, and it knows what they had counted."""
+    model = ToyModel()
+    with_room = partial(Recorder, placements=PlacementSpec(64, 2))
+    with mock.patch.object(attachment, "Recorder", with_room), on_device(model) as (attached, _):
+        experts = [*range(attached.layers[0].num_experts)]
+        assert attached.recorder.record_placement({0: experts}, 1) == 0
+        model(PASSES[0])
+        assert attached.recorder.record_placement({0: experts[::-1]}, 1) == 1
+        model(PASSES[2])
+        records = attached.reader.records()
+        assert records["map_version"].tolist() == [0] * 3 + [1] * 3
+        found = attached.reader.placements()
+        assert found is not None
+        first, second = found.layers[0].kept
+        assert (first.counts.sum(), second.counts.sum()) == (0, records["assignments"][0])
 
 
 def check_recomputation() -> None:

@@ -14,6 +14,7 @@ class FormatReader:  # follows docs/recording-format.md alone: nothing of DODOCO
         assert (h["magic"], h["format_version"]) == (0x0A0D4F434F444F44, 1)
         sections = [self.unpack("<IIQQQQ", 248 + 40 * i) for i in range(h["num_sections"])]
         self.places = {(kind, lane): (at, count) for kind, lane, at, _, count, _ in sections}
+        self.strides = {(kind, lane): stride for kind, lane, _, _, _, stride in sections}
         self.metadata = json.loads(os.pread(self.fd, *reversed(self.places[1, 0])))
         (table, count), self.header, self.lanes = self.places[2, 0], h, range(h["num_lanes"])
         self.layers = [self.unpack("<IIQQQ", table + 32 * i) for i in range(count)]
@@ -83,3 +84,16 @@ class FormatReader:  # follows docs/recording-format.md alone: nothing of DODOCO
         words = 16 + (2 * ranks + 7) // 8 * 8
         of_lanes = [self.unpack(f"<{words}Q", at + 64 + 8 * words * block) for at in places]
         return [sum(column) for column in zip(*of_lanes, strict=True)]
+
+    def placements(self, layer):  # of a layer's whole entries: (words 0 to 7, counts, slots)
+        at, experts, found = self.places[5, 0][0], self.layers[layer][0], []
+        (_, kept, size), block = self.unpack("<3Q", at), at + 64 + layer * self.strides[5, 0]
+        head = self.unpack("<Q", block)[0]
+        for n in range(max(head - kept, 0), head):
+            words = self.unpack(f"<{size // 4}I", block + 64 + n % kept * size)
+            values, end = words[::2], 8 + 2 * experts + words[12]
+            if end <= size // 8 and set(words[1 : 2 * end : 2]) == {n // kept % (2**32 - 1) + 1}:
+                low, high = values[8 : 8 + experts], values[8 + experts : 8 + 2 * experts]
+                counts = [a | b << 32 for a, b in zip(low, high, strict=True)]
+                found.append((values[:8], counts, list(values[8 + 2 * experts : end])))
+        return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from dodoco_ext import _C
 from dodoco_ext.capture import Capture
+from dodoco_ext.placement_spec import PlacementSpec
 from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
 from dodoco_ext.settings import Settings
 from dodoco_ext.transfers import COMBINE, DISPATCH
@@ -25,7 +26,7 @@ class Served:
         group: Global ranks of its group; () for none.
         layers: Number of layers.
         num_experts, top_k: Of every layer.
-        labels, uncovered, run, max_bytes: As the recorder takes them.
+        labels, uncovered, run, max_bytes, placements: As the recorder takes them.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Served:
         max_bytes: int = 1 << 20,
         world_size: int | None = None,
         folder: Path | None = None,
+        placements: PlacementSpec | None = None,
     ) -> None:
         settings = Settings(
             folder or Settings.from_environment().directory,
@@ -60,6 +62,7 @@ class Served:
             uncovered=uncovered,
             group=GroupSpec(self.group, self.place) if group else None,
             labels=labels,
+            placements=placements,
             settings=settings,
         )
         self.path = self.recorder.path

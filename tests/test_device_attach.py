@@ -9,7 +9,7 @@ from interpreted import interpret
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 
-CHECKS = ("counts", "settings", "recomputation", "lanes", "captures")
+CHECKS = ("counts", "settings", "placements", "recomputation", "lanes", "captures")
 
 
 def test_a_model_on_a_device_is_recorded() -> None:

@@ -9,6 +9,8 @@ import pytest
 from prometheus_client import generate_latest
 
 import dodoco_ext as dodoco
+from dodoco_ext import _C
+from dodoco_ext.placement_spec import PlacementSpec
 from dodoco_ext.recorder import Uncovered
 from dodoco_ext.transfers import COMBINE
 from dodoco_ext.views.exporter.collect import registry_of
@@ -33,7 +35,7 @@ def test_a_rank_without_a_group() -> None:
     assert seen.by("layer", "tokens_total", **labels) == {"model.layers.0.mlp.gate": 4}
     assert seen.by("state", "layers", **labels) == {"covered": 2, "uncovered": 1}
     assert seen.by("reason", "dropped_assignments_total", **labels) == {"capacity": 0, "invalid": 1}
-    assert seen.one("recorder_faults_total", reason="none", **labels) == 0
+    assert set(seen.by("reason", "recorder_faults_total", **labels).values()) == {0}
     (info,) = seen["dodoco_recorder_info"]
     header = dodoco.open(made.path).header
     assert dict(info)["run"] == "serve"
@@ -119,6 +121,62 @@ def test_what_a_rank_receives_is_absent_where_it_cannot_be_known(why: str) -> No
     assert seen.of("received_assignments_total") == {}
 
 
+# Where experts 0 to 7 lie on two ranks: in runs, the other way round, and with replicas of 0 and 1.
+RUNS, TURNED = [*range(8)], [*range(7, -1, -1)]
+DOUBLED = [0, 1, 2, 3, 4, 0, 1, 5, 6, 7]
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_received_assignments_follow_the_placement(grouped: bool) -> None:
+    room = PlacementSpec(10, 2)
+    group = (0, 1) if grouped else ()
+    ranks = [Served(r, group, layers=1, placements=room, world_size=2) for r in (0, 1)]
+    layer, state = ranks[0].specs[0].name, State()
+
+    def received() -> dict[str, float]:
+        return scraped(state).by("rank", "received_assignments_total", layer=layer)
+
+    def change(slots: list[int]) -> None:
+        for rank in ranks:
+            rank.recorder.record_placement({0: slots}, 2)
+
+    change(RUNS)
+    ranks[0].route(0, [[0, 1], [0, 7]])
+    ranks[1].route(0, [[2, 3]])
+    assert received() == {"0": 5, "1": 1}
+    change(TURNED)
+    ranks[0].route(0, [[0, 1], [0, 7]])
+    assert received() == {"0": 5 + 1, "1": 1 + 3}
+    ranks[0].route(0, [[0, 1]])
+    change(DOUBLED)
+    ranks[1].route(0, [[0, 1], [0, 7], [0, 3]])
+    # Of three 0 and one 1, half each; 3 is on the first rank, 7 on the second.
+    assert received() == {"0": 6 + 2 + 1, "1": 4 + 2 + 2 + 1}
+    changes = scraped(state).by("rank", "placement_changes_total")
+    assert changes == {"0": 2, "1": 2}
+
+
+def test_what_lies_under_placements_that_are_gone_is_left_out() -> None:
+    made = Served(layers=1, placements=PlacementSpec(8, 2), world_size=1)
+    for slots in (RUNS, TURNED, RUNS):
+        made.recorder.record_placement({0: slots}, 1)
+        made.route(0, [[0, 1]])
+    assert scraped(State()).one("received_assignments_total") == 4
+    assert scraped(State()).one("tokens_total") == 3
+
+
+@pytest.mark.parametrize("why", ["a rank without placements", "other ranks than the run's"])
+def test_placements_that_say_too_little_say_nothing(why: str) -> None:
+    room = PlacementSpec(8, 2)
+    ranks = [Served(0, layers=1, placements=room, world_size=2)]
+    ranks.append(Served(1, layers=1, placements=room if "other" in why else None, world_size=2))
+    for rank in ranks:
+        if rank.recorder.placements:
+            rank.recorder.record_placement({0: RUNS}, 4 if "other" in why else 2)
+        rank.route(0, IDS[:2])
+    assert scraped(State()).of("received_assignments_total") == {}
+
+
 def test_passes_are_counted_by_size_and_max_over_mean_over_all_ranks() -> None:
     ranks = server(2, layers=1)
     sizes = [1, 8, 63, 64, 300, 1500]
@@ -159,13 +217,27 @@ def test_series_on_request() -> None:
             assert plain.of(metric.name) == {}
 
 
-def test_faults_have_the_reason_of_the_latest() -> None:
-    from dodoco_ext import _C
-
+def test_faults_are_counted_by_reason() -> None:
     made = Served()
-    made.recorder.add_fault(_C.Fault.BAD_SHAPE)
-    made.recorder.add_fault(_C.Fault.TOO_LARGE)
-    assert scraped(State()).by("reason", "recorder_faults_total") == {"too_large": 2}
+    for fault in (_C.Fault.BAD_SHAPE, _C.Fault.TOO_LARGE, _C.Fault.BAD_SHAPE):
+        made.recorder.add_fault(fault)
+    seen = scraped(State()).by("reason", "recorder_faults_total")
+    assert {reason for reason, number in seen.items() if number} == {"bad_shape", "too_large"}
+    assert (seen["bad_shape"], seen["too_large"]) == (2, 1)
+    assert set(seen) == {name.lower() for name in _C.Fault.__members__ if name != "NONE"} | {
+        "other"
+    }
+
+
+def test_faults_of_an_older_writer_have_no_reason() -> None:
+    made = Served()
+    for _ in range(3):
+        made.recorder.add_fault(_C.Fault.BAD_SHAPE)
+    with made.path.open("r+b") as file:  # as all of these bytes were reserved
+        file.seek(104)
+        file.write(bytes(128))
+    seen = scraped(State()).by("reason", "recorder_faults_total")
+    assert {reason: number for reason, number in seen.items() if number} == {"other": 3}
 
 
 def test_every_series_is_one_of_the_table_with_its_labels() -> None:

@@ -24,6 +24,7 @@ from format_reader import FormatReader
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+PACKAGE = str(Path(_C.__file__).parent.parent)
 DOCUMENT = (ROOT / "docs" / "recording-format.md").read_text()
 HEADER_FILE = (ROOT / "csrc" / "format.h").read_text()
 GOLDEN = sorted((TESTS / "golden").glob("v*/*.dodoco"))
@@ -64,8 +65,9 @@ class Writing:
         lanes: int,
         max_bytes: int,
         ranks: int = 0,
+        num_slots: int = 0,
     ) -> None:
-        self.path, self.layers, self.ranks = path, layers, ranks
+        self.path, self.layers, self.ranks, self.num_slots = path, layers, ranks, num_slots
         metadata: dict[str, object] = {
             "layers": [{"name": f"layers.{i}"} for i in range(len(layers))]
         }
@@ -78,6 +80,8 @@ class Writing:
             num_lanes=lanes,
             max_bytes=max_bytes,
             group_size=ranks,
+            num_slots=num_slots,
+            kept_placements=3 if num_slots else 0,
         )
         self.sites = np.zeros((lanes, len(layers), 8), np.uint64)
         for lane, layer in np.ndindex(lanes, len(layers)):
@@ -86,6 +90,14 @@ class Writing:
     def record(self, rng: np.random.Generator) -> bool:
         """Records a pass or a transfer of any kind; whether it was counted."""
         lane, layer = (int(rng.integers(n)) for n in self.sites.shape[:2])
+        if self.num_slots and rng.random() < 0.1:
+            slots = rng.integers(0, self.layers[layer][0], rng.integers(self.num_slots + 1))
+            slots |= rng.integers(0, 7, len(slots)) << 16
+            slots[rng.random(len(slots)) < 0.1] = _C.EMPTY_SLOT
+            version = self.writer.record_placement([(layer, 7, slots.astype(np.uint32))])
+            assert version >= 0
+            for each in range(len(self.sites)):
+                self.writer.lane(each).map_version = version
         if self.ranks and rng.random() < 0.5:
             (sent,) = transfer_cases.of_every_kind(self.ranks, 1, int(rng.integers(1 << 30)))
             flags = sent.backward << 16 | sent.recompute << 17 | (not sent.timed) << 18
@@ -120,22 +132,23 @@ class Writing:
             file.write(data)
 
 
-CASES: dict[str, tuple[list[tuple[int, int]], int, int, int]] = {
-    "one lane, one layer": ([(1, 1)], 1, 1 << 16, 0),
-    "no pass": ([(4, 2)], 2, 1 << 16, 0),
-    "lapped": ([(8, 2), (60, 4)], 1, 1 << 16, 0),
-    "lanes and layers": ([(4, 2), (9, 3), (160, 8)], 3, 1 << 19, 0),
-    "sixteen lanes, lapped": ([(2, 1), (384, 1)], 16, 1 << 20, 0),
-    "transfers, lapped": ([(8, 2), (60, 4)], 2, 1 << 17, 5),
-    "long transfers": ([(8, 2)], 1, 1 << 18, 70),
+CASES: dict[str, tuple[list[tuple[int, int]], int, int, int, int]] = {
+    "one lane, one layer": ([(1, 1)], 1, 1 << 16, 0, 0),
+    "no pass": ([(4, 2)], 2, 1 << 16, 0, 0),
+    "lapped": ([(8, 2), (60, 4)], 1, 1 << 16, 0, 0),
+    "lanes and layers": ([(4, 2), (9, 3), (160, 8)], 3, 1 << 19, 0, 0),
+    "sixteen lanes, lapped": ([(2, 1), (384, 1)], 16, 1 << 20, 0, 0),
+    "transfers, lapped": ([(8, 2), (60, 4)], 2, 1 << 17, 5, 0),
+    "long transfers": ([(8, 2)], 1, 1 << 18, 70, 0),
+    "placements": ([(8, 2), (60, 4)], 2, 1 << 17, 5, 16),
 }
 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["", "epoch-wraps"])
 @pytest.mark.parametrize("name", CASES)
 def test_two_readers_read_the_same(name: str, wrap: bool, tmp_path: Path) -> None:
-    layers, lanes, max_bytes, ranks = CASES[name]
-    writing = Writing(tmp_path / "a.dodoco", layers, lanes, max_bytes, ranks)
+    layers, lanes, max_bytes, ranks, num_slots = CASES[name]
+    writing = Writing(tmp_path / "a.dodoco", layers, lanes, max_bytes, ranks, num_slots)
     slots = writing.writer.num_slots
     if wrap:
         for lane in range(lanes):
@@ -163,7 +176,9 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 import test_format
-writing = test_format.Writing(test_format.Path(sys.argv[1]), [(8, 2), (60, 4)], 2, 1 << 17)
+writing = test_format.Writing(
+    test_format.Path(sys.argv[1]), [(8, 2), (60, 4)], 2, 1 << 17, num_slots=70
+)
 rng = np.random.default_rng(5)
 for _ in range(300):
     writing.record(rng)
@@ -173,7 +188,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_two_readers_read_the_same_of_a_dead_one(tmp_path: Path) -> None:
     path = tmp_path / "dead.dodoco"
-    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), PACKAGE])}
     child = subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment, check=False)
     assert child.returncode == -signal.SIGKILL
     dead = described.by_reader(path)
@@ -217,7 +232,7 @@ def test_a_slot_of_another_lap(lap: int, outcome: str, closed: bool, tmp_path: P
 
 def test_the_reader_of_the_document_is_short_and_stands_alone() -> None:
     source = (TESTS / "format_reader.py").read_text()
-    assert len(source.splitlines()) <= 90
+    assert len(source.splitlines()) <= 110
     imports = re.findall(r"^\s*(?:import|from) (\w+)", source, re.MULTILINE)
     assert set(imports) <= set(sys.stdlib_module_names)
 
@@ -254,7 +269,8 @@ def fields(struct_name: str) -> list[tuple[int, str, str]]:
         assert offset % min(bytes_, 8) == 0
         if count:
             number = int(count) if count.isdigit() else constants()[count]
-            kind = f"{number} x 40 bytes" if kind == "Section" else f"{number} bytes"
+            each = "40 bytes" if kind == "Section" else f"u{8 * bytes_}"
+            kind = f"{number} bytes" if bytes_ == 1 else f"{number} x {each}"
             bytes_ *= number
         else:
             kind = f"u{8 * bytes_}"
@@ -292,6 +308,7 @@ def test_the_tables_of_fields_equal_the_header_file(heading: str, struct_name: s
         ("## Ring", "RouteWord"),
         ("### Transfers", "TransferWord"),
         ("## Traffic", "TrafficWord"),
+        ("## Placement", "PlacementWord"),
     ],
 )
 def test_the_tables_of_words_equal_the_header_file(heading: str, enum: str) -> None:
@@ -325,6 +342,9 @@ def test_the_numbers_of_the_document_equal_the_header_file() -> None:
         "kCountsInFirstSlot": "1 slot where n is at most {}",
         "kCountsInNextSlots": "else 1 + (n - 3) / {} of them",
         "kMaxRecordSlots": "rounded up, at most {}",
+        "kMaxSlots": "`num_slots` is 1 to {}",
+        "kMaxKept": "`kept` is 2 to {}",
+        "kFaultCounters": "{} x u64 | `faults`",
     }
     for name, sentence in numbers.items():
         assert sentence.format(known[name]) in said, name

@@ -90,7 +90,8 @@ def test_every_chart_is_there_and_visible(browser: Browser, page: Path) -> None:
     ):
         selector = section if section.startswith("[") else f"#{section}"
         shown = browser.run(
-            f"[...document.querySelectorAll('{selector}')].filter(e => e.offsetWidth > 200 && e.offsetHeight > 60).length"
+            f"[...document.querySelectorAll('{selector}')]"
+            ".filter(e => e.offsetWidth > 200 && e.offsetHeight > 60).length"
         )
         assert shown == wanted, section
     # A line and a marker at each EP size for each condition, beside the null's line.
@@ -152,7 +153,10 @@ def test_it_fits_a_phone(browser: Browser, page: Path) -> None:
 
 def test_a_model_can_be_chosen(browser: Browser, page: Path) -> None:
     browser.open(page, *DESKTOP)
-    shown = "[...document.querySelectorAll('[data-group] > [data-model]')].filter(e => !e.hidden).map(e => e.dataset.model)"
+    shown = (
+        "[...document.querySelectorAll('[data-group] > [data-model]')]"
+        ".filter(e => !e.hidden).map(e => e.dataset.model)"
+    )
     assert set(browser.run(shown)) == {WHOLE}
     choose(browser, "model", PART)
     assert set(browser.run(shown)) == {PART}
@@ -169,7 +173,10 @@ def test_a_condition_can_be_picked_out(browser: Browser, page: Path) -> None:
     assert browser.run(opacity) == ["1", "1"]
     choose(browser, "condition", "3")
     assert browser.run(opacity) == ["0.18", "1"]
-    bands = "[...document.querySelectorAll('[data-chart=ep] .random')].filter(e => getComputedStyle(e).display != 'none').map(e => e.classList.contains('s3'))"
+    bands = (
+        "[...document.querySelectorAll('[data-chart=ep] .random')]"
+        ".filter(e => getComputedStyle(e).display != 'none').map(e => e.classList.contains('s3'))"
+    )
     assert set(browser.run(bands)) == {True}
 
 
@@ -191,7 +198,10 @@ def test_edges_of_bands_can_be_moved(browser: Browser, page: Path) -> None:
     lowest = float(browser.run(f"{cell}.dataset.lowest"))
     before = browser.run(f"{cell}.textContent")
     assert before == ("data-resilient" if lowest <= 0.15 else "intermediate")
-    slide = "(() => {{ const s = document.getElementById('{}'); s.value = {}; s.dispatchEvent(new Event('input')); }})()"
+    slide = (
+        "(() => {{ const s = document.getElementById('{}'); s.value = {}; "
+        "s.dispatchEvent(new Event('input')); }})()"
+    )
     browser.run(slide.format("edge-low", 0.3))
     assert browser.run(f"{cell}.textContent") == "data-resilient"
     browser.run(slide.format("edge-low", 0.05))

@@ -165,6 +165,27 @@ def test_the_recording_is_private_while_it_is_made_and_as_wide_as_others_after(
     assert reader.path.stat().st_mode & 0o777 == 0o640
 
 
+PRINTS = "import os; print(os.environ['DODOCO'], os.environ.get('VLLM_PLUGINS'))"
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, "1 None"),
+        ({"DODOCO": "0"}, "0 None"),
+        ({"VLLM_PLUGINS": "other"}, "1 other,dodoco"),
+        ({"VLLM_PLUGINS": ""}, "1 dodoco"),
+        ({"VLLM_PLUGINS": "dodoco,other"}, "1 dodoco,other"),
+    ],
+)
+def test_engines_that_load_plugins_are_recorded_unless_the_environment_says_no(
+    given: dict[str, str], seen: str, environment: dict[str, str]
+) -> None:
+    clean = {k: v for k, v in environment.items() if k not in ("DODOCO", "VLLM_PLUGINS")}
+    done = finished(command(*python(PRINTS), archive=None), {**clean, **given})
+    assert done.stdout.strip() == seen
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_the_job(
     number: signal.Signals, environment: dict[str, str], tmp_path: Path

@@ -1,65 +1,22 @@
-"""The recorder in vLLM's routers, with stand-ins for vLLM's classes: what is found, chained and undone."""
+"""The recorder in vLLM's routers, against stand-ins for the two classes that it touches."""
 
 from __future__ import annotations
-
-import sys
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from dodoco_ext.errors import NothingToObserve
 from dodoco_ext.integrations.vllm import attach_loaded
-
-EXPERTS, REPLICAS, TOP_K, TOKENS = 8, 2, 2, 5
-_BASE = "vllm.model_executor.layers.fused_moe"
-
-
-class BaseRouter:
-    """As vLLM's: one slot for a function that gets the logical ids."""
-
-    def __init__(self) -> None:
-        self.top_k = TOP_K
-        self.global_num_experts = EXPERTS + REPLICAS
-        self.capture_fn: Callable[[torch.Tensor], None] | None = None
-
-    def set_capture_fn(self, capture_fn: Callable[[torch.Tensor], None] | None) -> None:
-        self.capture_fn = capture_fn
-
-    def select(self, ids: torch.Tensor) -> None:
-        if self.capture_fn is not None:
-            self.capture_fn(ids)
-
-
-class MoERunner(torch.nn.Module):
-    def __init__(self, router: Any, monolithic: bool = False) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.router = router
-        self.is_monolithic = monolithic
-        self.moe_config = SimpleNamespace(num_logical_experts=EXPERTS)
-        self.routed_experts = SimpleNamespace(quant_method=SimpleNamespace())
+from vllm_stubs import EXPERTS, IDS, TOKENS, TOP_K, BaseRouter, MegaExperts, MoERunner, install
 
 
 @pytest.fixture(autouse=True)
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = _BASE.split(".")
-    names = [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    for name in (*names, f"{_BASE}.router", f"{_BASE}.runner"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for place, kind in (("router.base_router", BaseRouter), ("runner.moe_runner", MoERunner)):
-        module = ModuleType(f"{_BASE}.{place}")
-        setattr(module, kind.__name__, kind)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    install(monkeypatch)
 
 
-def model(*runners: MoERunner) -> torch.nn.Module:
+def model(*runners: torch.nn.Module) -> torch.nn.Module:
     return torch.nn.ModuleList(runners)
-
-
-IDS = torch.arange(TOKENS * TOP_K, dtype=torch.int32).reshape(TOKENS, TOP_K) % EXPERTS
 
 
 def test_a_pass_is_counted_by_logical_experts_with_no_room_for_replicas() -> None:
@@ -90,17 +47,31 @@ def test_what_was_there_goes_on_being_called_and_is_put_back() -> None:
     assert attachment.snapshot().layers[0].passes == 1
 
 
-def test_somebody_who_came_later_stays_and_nothing_more_is_counted() -> None:
-    router = BaseRouter()
+def test_somebody_who_comes_later_is_called_too_and_stays() -> None:
+    router, seen = BaseRouter(), []
     attachment = attach_loaded(model(MoERunner(router)))
-    ours = router.capture_fn
-    assert ours is not None
-    router.set_capture_fn(lambda ids: ours(ids))
-    theirs = router.capture_fn
-    attachment.detach()
-    assert router.capture_fn is theirs
+    theirs = seen.append
+    router.set_capture_fn(theirs)
     router.select(IDS)
-    assert attachment.snapshot().layers[0].passes == 0
+    assert len(seen) == attachment.snapshot().layers[0].passes == 1
+    attachment.detach()
+    assert router.capture_fn == theirs
+    router.select(IDS)
+    assert len(seen) == 2
+    assert attachment.snapshot().layers[0].passes == 1
+
+
+def test_a_pass_is_counted_once_where_somebody_who_comes_later_calls_ours() -> None:
+    router = BaseRouter()
+    with attach_loaded(model(MoERunner(router))) as attachment:
+        ours = router.capture_fn
+        assert ours is not None
+        router.set_capture_fn(lambda ids: ours(ids))
+        router.select(IDS)
+        assert attachment.snapshot().layers[0].passes == 1
+        router.set_capture_fn(None)
+        router.select(IDS)
+        assert attachment.snapshot().layers[0].passes == 2
 
 
 def test_paused_passes_are_not_counted() -> None:
@@ -115,15 +86,19 @@ def test_paused_passes_are_not_counted() -> None:
 
 def test_layers_that_hand_out_no_ids_are_reported_and_not_shown_as_zeros() -> None:
     found = model(
-        MoERunner(BaseRouter()), MoERunner(BaseRouter(), monolithic=True), MoERunner(object())
+        MoERunner(BaseRouter()),
+        MoERunner(BaseRouter(), monolithic=True),
+        MoERunner(object()),
+        MegaExperts(),
     )
     with attach_loaded(found) as attachment:
         assert [layer.name for layer in attachment.layers] == ["0"]
         assert [(part.name, part.reason) for part in attachment.uncovered] == [
             ("1", "the kernel of its SimpleNamespace chooses the experts itself"),
             ("2", "object hands out no expert ids"),
+            ("3", "MegaExperts is a kernel that chooses the experts itself"),
         ]
-        assert len(attachment.reader.metadata["uncovered"]) == 2
+        assert len(attachment.reader.metadata["uncovered"]) == 3
 
 
 def test_a_model_without_such_layers_is_refused() -> None:

@@ -6,31 +6,13 @@ name, so that a model of any release that keeps these names is observed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dodoco_ext.integrations.symbols import Symbol
 
 EXECUTED = "0.16.1"
 """The release that tests run."""
 
 CHECKED = ("0.16.1", "0.19.0")
 """Releases whose sources are checked for the names below."""
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A class of Megatron-Core.
-
-    Attributes:
-        file: Where it is defined, below `megatron/core/`.
-        name: Its name.
-        methods: Methods taken or called, with the parameters that are relied on, in their order.
-        attributes: Attributes of its objects that are read.
-    """
-
-    file: str
-    name: str
-    methods: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    attributes: tuple[str, ...] = ()
-
 
 _DISPATCHERS = "transformer/moe/token_dispatcher.py"
 

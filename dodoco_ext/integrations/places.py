@@ -25,12 +25,17 @@ def place_of(module: torch.nn.Module) -> str:
 
 def why_not(router: Router) -> str:
     """Why a router cannot be observed where it is; "" if it can."""
-    device = device_of(router.module)
+    return why_not_there(router.module, router.num_experts)
+
+
+def why_not_there(module: torch.nn.Module, num_experts: int) -> str:
+    """Why what a module routes to so many experts cannot be observed where it is; "" if it can."""
+    device = device_of(module)
     if device.type in ("cpu", "meta"):
         return ""
     if device.type != "cuda" or torch.version.hip is not None:
         kind = "an AMD GPU" if device.type == "cuda" else f"a device of type {device.type}"
         return f"it is on {kind}, and dodoco-ext records on CPUs and NVIDIA GPUs"
-    if router.num_experts > MAX_EXPERTS:
-        return f"it has {router.num_experts} experts, and on a GPU {MAX_EXPERTS} can be counted"
+    if num_experts > MAX_EXPERTS:
+        return f"it has {num_experts} experts, and on a GPU {MAX_EXPERTS} can be counted"
     return ""

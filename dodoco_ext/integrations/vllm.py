@@ -5,29 +5,30 @@ them to replicas (`BaseRouter.set_capture_fn`). `attach_loaded()` puts the recor
 it is called with before, such as vLLM's own capturer, goes on being called.
 
 Nothing that ran before counts: attached after vLLM's warm-up, warm-up is no traffic. Code that was
-compiled before does not call the recorder: attach before compilation, or run eagerly.
+compiled before does not call the recorder: attach before compilation, or run eagerly. In servers the
+plugin does (`vllm_plugin`), and says which passes are traffic (`vllm_serving`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from dodoco_ext import ops
 from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import NothingToObserve
-from dodoco_ext.integrations.places import place_of
-from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
+from dodoco_ext.integrations.places import place_of, why_not_there
+from dodoco_ext.integrations.vllm_eplb import placement_spec
+from dodoco_ext.integrations.vllm_slot import Select, Slot
+from dodoco_ext.recorder import GroupSpec, LayerSpec, Recorder, Uncovered
 from dodoco_ext.recording import Reader
 from dodoco_ext.settings import Settings
-
-Capture = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +59,17 @@ def find_layers(model: torch.nn.Module) -> tuple[list[MoELayer], list[Uncovered]
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    layers, uncovered = [], []
+    layers: list[MoELayer] = []
+    uncovered: list[Uncovered] = []
     for name, module in model.named_modules():
         if not isinstance(module, MoERunner):
+            if "capture_fn" in vars(module):  # which vLLM asks such kernels for
+                reason = f"{type(module).__name__} is a kernel that chooses the experts itself"
+                uncovered.append(Uncovered(name, reason))
             continue
         router = module.router
+        # The router itself counts the replicas of a load balancer as experts.
+        num_experts = int(module.moe_config.num_logical_experts)
         if module.is_monolithic:
             kernel = type(module.routed_experts.quant_method).__name__
             reason = f"the kernel of its {kernel} chooses the experts itself"
@@ -70,9 +77,9 @@ def find_layers(model: torch.nn.Module) -> tuple[list[MoELayer], list[Uncovered]
         elif not isinstance(router, BaseRouter):
             reason = f"{type(router).__name__} hands out no expert ids"
             uncovered.append(Uncovered(name, reason))
+        elif reason := why_not_there(module, num_experts):
+            uncovered.append(Uncovered(name, reason))
         else:
-            # The router itself counts the replicas of a load balancer as experts.
-            num_experts = int(module.moe_config.num_logical_experts)
             layers.append(MoELayer(name, router, place_of(module), num_experts, int(router.top_k)))
     return layers, uncovered
 
@@ -87,12 +94,14 @@ class LoadedModelAttachment:
         reader: A reader of the recording; it goes on working after `detach()`.
     """
 
-    def __init__(self, layers: list[MoELayer], recorder: Recorder) -> None:
+    def __init__(
+        self, layers: list[MoELayer], recorder: Recorder, select: Select | None = None
+    ) -> None:
         self.path: Path = recorder.path
         self.layers = recorder.layers
         self.reader = Reader(recorder.path)
         self._recorder = recorder
-        self._installed: list[tuple[Any, Capture, Capture | None]] = []
+        self._slots: list[Slot] = []
         self._sites: list[int] = []
         refused = []
         for index, layer in enumerate(layers):
@@ -100,12 +109,19 @@ class LoadedModelAttachment:
                 refused.append(Uncovered(layer.name, reason))
                 continue
             site = ops.make_site(recorder, index, layer.place)
-            before = layer.router.capture_fn
-            capture = _capture(site, before)
-            layer.router.set_capture_fn(capture)
-            self._installed.append((layer.router, capture, before))
+            self._slots.append(Slot(layer.router, site, select))
             self._sites.append(site.data_ptr())
         self.uncovered = (*recorder.uncovered, *refused)
+
+    @property
+    def num_covered(self) -> int:
+        """Layers that are observed."""
+        return len(self._sites)
+
+    @property
+    def recorder(self) -> Recorder:
+        """The writer's side, for what records beside the routers."""
+        return self._recorder
 
     def snapshot(self) -> Snapshot:
         """The exact counters of every layer as they are now."""
@@ -120,6 +136,22 @@ class LoadedModelAttachment:
     def enabled(self, value: bool) -> None:
         self._recorder.set("enabled", int(value))
 
+    @contextlib.contextmanager
+    def counting(self, num_valid: int | None) -> Iterator[None]:
+        """Counts what runs inside as traffic, and nothing after it.
+
+        On a device both take effect in the order of the current stream, as the passes do.
+
+        Args:
+            num_valid: Rows of each pass that are real; the rest is counted as padding. None: all.
+        """
+        self._recorder.set("num_valid", -1 if num_valid is None else num_valid)
+        self.enabled = True
+        try:
+            yield
+        finally:
+            self.enabled = False
+
     @property
     def record_every(self) -> int:
         """Iterations between ring records; the board counts every pass regardless."""
@@ -131,13 +163,11 @@ class LoadedModelAttachment:
 
     def detach(self) -> None:
         """Takes the recorder out of every router and closes the recording. Idempotent."""
-        for router, capture, before in self._installed:
-            # Somebody who came later and calls ours keeps it: without its site it records nothing.
-            if router.capture_fn is capture:
-                router.set_capture_fn(before)
+        for slot in self._slots:
+            slot.release()
         for address in self._sites:
             ops.release_site(address)
-        self._installed.clear()
+        self._slots.clear()
         self._sites.clear()
         self._recorder.close()
 
@@ -156,6 +186,10 @@ class LoadedModelAttachment:
 def attach_loaded(
     model: torch.nn.Module,
     *,
+    even_if_none: bool = False,
+    enabled: bool = True,
+    select: Select | None = None,
+    group: GroupSpec | None = None,
     labels: Mapping[str, str] | None = None,
     settings: Settings | None = None,
 ) -> LoadedModelAttachment:
@@ -163,6 +197,11 @@ def attach_loaded(
 
     Args:
         model: What `LLM.apply_model()` or a worker's model runner gives.
+        even_if_none: Whether a model is recorded of whose MoE layers none can be observed: then the
+            recording says so.
+        enabled: Whether passes count from now on; if not, those inside `counting()` do.
+        select: Gives the rows to record of the ids of a pass, `[T, k]`; None: all.
+        group: The expert-parallel ranks.
         labels: Text to find the recording by.
         settings: Where and how to record; by default what `DODOCO_*` says.
 
@@ -171,30 +210,23 @@ def attach_loaded(
         RecordingError: The recording cannot be created.
     """
     layers, uncovered = find_layers(model)
-    if not layers:
+    if not layers and not (uncovered and even_if_none):
         parts = "; ".join(f"{part.name}: {part.reason}" for part in uncovered[:3])
         raise NothingToObserve(
             f"no MoE layer of {type(model).__name__} can be observed in vLLM: "
             + (parts or "it has none; give a mixture-of-experts model")
         )
-    places = [layer.place for layer in layers]
+    specs = [LayerSpec(layer.name, layer.num_experts, layer.top_k) for layer in layers]
     recorder = Recorder(
-        [LayerSpec(layer.name, layer.num_experts, layer.top_k) for layer in layers],
+        specs or [LayerSpec(part.name, 1, 0, routed=False) for part in uncovered],
         uncovered=uncovered,
-        devices=tuple(dict.fromkeys(places)),
+        devices=tuple(dict.fromkeys(layer.place for layer in layers)) or ("cpu",),
+        group=group,
         forms={"ids"},
+        placements=placement_spec(model),
         labels=labels,
         settings=settings,
     )
-    return LoadedModelAttachment(layers, recorder)
-
-
-def _capture(site: torch.Tensor, before: Capture | None) -> Capture:
-    def capture(ids: torch.Tensor) -> None:
-        if before is not None:
-            before(ids)
-        # Both report what they cannot record, and neither raises.
-        if is_dynamo_compiling() or not ops.direct_ids(ids, site):
-            ops.route_ids(ids, site)
-
-    return capture
+    if not enabled:
+        recorder.set("enabled", 0)
+    return LoadedModelAttachment(layers, recorder, select)

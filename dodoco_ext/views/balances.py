@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dodoco_ext import metrics
 from dodoco_ext.counters import LayerSnapshot
+from dodoco_ext.placements import Received
 from dodoco_ext.views.null_curve import Band, NullCurve
 
 NO_BAND = Band(math.nan, math.nan, math.nan)
@@ -29,24 +30,39 @@ class Balance:
 
 @dataclass(frozen=True)
 class RankBalance:
-    """The whole run per expert-parallel rank; `balance` is None where it is not measurable."""
+    """The whole run per expert-parallel rank; `balance` is None where it is not measurable.
+
+    Attributes:
+        counts: Assignments of each rank.
+        recorded: Whether experts are placed as recorded; otherwise in equal contiguous runs.
+        estimated: Assignments in `counts` that are an even split over replicas.
+        unplaced: Assignments in no rank's count, as the placements they were counted under are gone.
+    """
 
     num_ranks: int
     counts: list[int] | None = None
     busiest: int | None = None
     balance: Balance | None = None
     problem: str | None = None
+    recorded: bool = False
+    estimated: int = 0
+    unplaced: int = 0
 
 
 def balances(
-    layers: Sequence[LayerSnapshot], num_ranks: int | None = None
+    layers: Sequence[LayerSnapshot],
+    num_ranks: int | None = None,
+    received: Sequence[Received | None] = (),
 ) -> list[tuple[Balance, RankBalance | None]]:
     """Gini and max/mean of each layer's counts beside their nulls, per expert and per rank.
 
     Args:
         layers: Counters of any one scope.
         num_ranks: Expert-parallel ranks to fold the counts into; None: none.
+        received: What each rank received of each layer, by recorded placements. Comes before contiguous
+            runs where it is of as many ranks, or `num_ranks` is None.
     """
+    placed = dict(zip((layer.index for layer in layers), received, strict=False))
     found: dict[int, tuple[Balance, RankBalance | None]] = {}
     for members in families(layers):
         top_k = members[0].top_k
@@ -54,7 +70,11 @@ def balances(
         folded = _Folding(members, num_ranks) if num_ranks else None
         for m in members:
             balance = _balance(m.counts, effective(m.assignments, top_k), whole)
-            found[m.index] = balance, folded.of(m) if folded else None
+            recorded = placed.get(m.index)
+            if recorded is not None and num_ranks in (None, len(recorded.loads)):
+                found[m.index] = balance, _recorded(recorded)
+            else:
+                found[m.index] = balance, folded.of(m) if folded else None
     return [found[layer.index] for layer in layers]
 
 
@@ -89,6 +109,19 @@ class _Folding:
             busiest=int(counts.argmax()) if counts.any() else None,
             balance=_balance(counts, effective(layer.assignments, layer.top_k), self.curve),
         )
+
+
+def _recorded(received: Received) -> RankBalance:
+    loads = received.loads
+    return RankBalance(
+        len(loads),
+        counts=[round(load) for load in loads.tolist()],
+        busiest=int(loads.argmax()) if loads.any() else None,
+        balance=_balance(loads, 0, None),
+        recorded=True,
+        estimated=received.estimated,
+        unplaced=received.unplaced,
+    )
 
 
 def effective(assignments: Any, top_k: int) -> Any:

@@ -154,11 +154,14 @@ def recordings(asked: Settings) -> Iterator[Check]:
     """The recordings there are, and by name those that cannot be read."""
     from dodoco_ext.sources import find
     from dodoco_ext.views.listing import describe
+    from dodoco_ext.views.summary import uncovered_of
 
-    section, found = "Recordings", []
+    section, found, readers = "Recordings", [], {}
     for folder in asked.directories():
         try:
-            found += [describe(listed) for listed in find((folder,))]
+            for listed in find((folder,)):
+                found.append(describe(listed))
+                readers[found[-1].path] = listed.reader
         except RecordingError as error:
             yield Check(section, "not listed", WARNING, str(error), _ADVICE["unreadable"])
     states = Counter(recording.state for recording in found)
@@ -174,6 +177,18 @@ def recordings(asked: Settings) -> Iterator[Check]:
             yield Check(
                 section, recording.name, status, f"{recording.state}: {recording.problem}", advice
             )
+        reader = readers[recording.path]
+        if reader is not None and recording.state == "live" and (parts := uncovered_of(reader)):
+            yield Check(section, recording.name, WARNING, *_not_observed(parts))
+
+
+def _not_observed(parts: list[dict[str, str]]) -> tuple[str, str]:
+    """What a recording says of the parts that are not observed, and what that means."""
+    shown = "; ".join(f"{part['name']}: {part['reason']}" for part in parts[:3])
+    more = f"; and {len(parts) - 3} more" if len(parts) > 3 else ""
+    noun = "part" if len(parts) == 1 else "parts"
+    advice = "what is not observed is missing from every figure, not zero"
+    return f"{len(parts)} {noun} not observed: {shown}{more}", advice
 
 
 def environment(asked: Settings) -> Iterator[Check]:

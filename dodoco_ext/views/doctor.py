@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dodoco_ext import settings
 from dodoco_ext.errors import InputError
 from dodoco_ext.settings import Settings
-from dodoco_ext.views import checks, tables
+from dodoco_ext.views import checks, engines, tables
 from dodoco_ext.views.checks import ERROR, OFF, OK, WARNING, Check
 
 SCHEMA = "dodoco.doctor/1"
@@ -46,7 +46,7 @@ def examine() -> Diagnosis:
         asked = Settings.from_environment()
     except InputError as error:
         asked, problem = Settings(), str(error)
-    found = [*checks.installation(), *checks.packages()]
+    found = [*checks.installation(), *checks.packages(), *engines.vllm()]
     if problem:
         found.append(Check("Settings", "environment", ERROR, problem, "correct or unset it"))
     if _has_module(found):
@@ -62,6 +62,7 @@ def _has_module(found: Iterable[Check]) -> bool:
 def _settings(asked: Settings, *, valid: bool) -> Iterator[Setting]:
     given = settings.given()
     in_effect = {
+        "DODOCO": str(int(settings.plugins_wanted())),
         "DODOCO_DIR": str(asked.directories()[0]),
         "DODOCO_MAX_BYTES": str(asked.max_bytes),
         "DODOCO_RECORD_EVERY": str(asked.record_every),

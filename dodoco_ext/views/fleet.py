@@ -14,11 +14,13 @@ from dodoco_ext.counters import LayerSnapshot
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import SCOPE as FLEET_SCOPE
 from dodoco_ext.fleet import Fleet, Superseded, is_named, spans
-from dodoco_ext.fleet_snapshot import Unread
+from dodoco_ext.fleet_snapshot import FleetSnapshot, Unread
+from dodoco_ext.placements import Placements, Received
 from dodoco_ext.sources import Listed
 from dodoco_ext.views import tables
 from dodoco_ext.views.balances import Balance, RankBalance, balances, mean
 from dodoco_ext.views.listing import describe
+from dodoco_ext.views.placed import PlacementInfo, placement_info, received_by_rank, summed
 from dodoco_ext.views.show import (
     counted_dict,
     print_balance,
@@ -105,6 +107,7 @@ class FleetSummary:
     unrouted: frozenset[str]
     traffic: tuple[GroupSummary, ...]
     foreign: Mapping[str, int]
+    placements: PlacementInfo | None
 
     @property
     def mean_of_layers(self) -> dict[str, float]:
@@ -126,7 +129,8 @@ def summarise_fleet(fleet: Fleet, *, num_ranks: int | None = None) -> FleetSumma
 
     Args:
         fleet: Its recordings.
-        num_ranks: Expert-parallel ranks to fold the summed counts into; None: none.
+        num_ranks: Expert-parallel ranks to fold the summed counts into; None: those that placements are
+            recorded of.
 
     Raises:
         RecordingError: No rank can be read any more.
@@ -137,9 +141,10 @@ def summarise_fleet(fleet: Fleet, *, num_ranks: int | None = None) -> FleetSumma
             f"no rank of run {fleet.run} can be read: {snapshot.missing[0].problem}"
         )
     aligned = fleet.records()
-    parts = zip(
-        snapshot.layers, snapshot.layer_ranks, balances(snapshot.layers, num_ranks), strict=True
-    )
+    placements = {rank: fleet.ranks[rank].placements() for rank in snapshot.ranks}
+    received = _received(fleet, snapshot, placements)
+    each_balance = balances(snapshot.layers, num_ranks, received)
+    parts = zip(snapshot.layers, snapshot.layer_ranks, each_balance, strict=True)
     return FleetSummary(
         run=fleet.run,
         world_size=fleet.world_size,
@@ -159,7 +164,23 @@ def summarise_fleet(fleet: Fleet, *, num_ranks: int | None = None) -> FleetSumma
         unrouted=fleet.unrouted,
         traffic=summarise_traffic(fleet),
         foreign=fleet.foreign,
+        placements=max(
+            filter(None, map(placement_info, placements.values())),
+            key=lambda info: info.last_unix_ns,
+            default=None,
+        ),
     )
+
+
+def _received(
+    fleet: Fleet, snapshot: FleetSnapshot, placements: Mapping[int, Placements | None]
+) -> list[Received | None]:
+    """What each rank received of each layer; None where the placement of one that sent is not known."""
+    parts: list[list[Received | None]] = [[] for _ in snapshot.layers]
+    for rank, mine in snapshot.ranks.items():
+        for own, part in enumerate(received_by_rank(placements[rank], mine.layers)):
+            parts[fleet.place_of(rank, own)].append(part)
+    return [summed(each) for each in parts]
 
 
 def _rank(fleet: Fleet, aligned: Aligned, rank: int, layers: tuple[LayerSnapshot, ...]) -> Rank:
@@ -195,6 +216,7 @@ def fleet_json(summary: FleetSummary, *, experts: bool) -> str:
             "missing": [_unread_dict(part) for part in summary.missing],
             "unread": [_unread_dict(part) for part in summary.unread],
             "superseded": [{**tables.as_dict(s), "path": str(s.path)} for s in summary.superseded],
+            "placements": summary.placements,
             "mean_of_layers": summary.mean_of_layers,
             "layers": [
                 {
@@ -224,6 +246,8 @@ def print_fleet(summary: FleetSummary, *, experts: bool) -> None:
     console.print(
         "scope     all ranks read, summed; a token that several ranks route counts once a rank"
     )
+    if summary.placements is not None:
+        console.print(f"placed    {summary.placements.text}")
     print_gaps(console, summary, summary.missing)
     counters = [layer.counters for layer in summary.layers]
     names = print_names(console, [c.name for c in counters], [c.in_flight for c in counters])

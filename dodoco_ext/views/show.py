@@ -55,8 +55,10 @@ def summary_json(summary: Summary, *, experts: bool, saved: Path | None = None) 
             "layers": [_layer_dict(layer, experts=experts) for layer in summary.layers],
             "ring": summary.ring,
             "uncovered": summary.uncovered,
+            "placements": summary.placements,
             "faults": {
                 "count": summary.num_faults,
+                "by_reason": summary.faults,
                 "last": summary.last_fault,
                 "meaning": FAULTS.get(summary.last_fault or ""),
             },
@@ -139,6 +141,8 @@ def _print_head(console: Console, summary: Summary) -> None:
         w = summary.window
         taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(w.from_unix_ns / 1e9))
         console.print(f"window    {duration(w.seconds)}, since {taken}: {plain(w.snapshot)}")
+    if summary.placements is not None:
+        console.print(f"placed    {summary.placements.text}")
     extra = {k: v for k, v in (r.labels or {}).items() if k != "model_name"}
     if extra:
         console.print("labels    " + ", ".join(f"{plain(k)}={plain(v)}" for k, v in extra.items()))
@@ -243,11 +247,8 @@ def print_ranks(console: Console, scope: str, layers: Sequence[Counted], names: 
     first = layers[0].ranks
     if first is None:
         return
-    console.print(
-        f"{scope} per expert-parallel rank: {first.num_ranks} ranks, "
-        "assuming equal contiguous runs of experts",
-        style="bold",
-    )
+    how = "as placed" if first.recorded else "assuming equal contiguous runs of experts"
+    console.print(f"{scope} per expert-parallel rank: {first.num_ranks} ranks, {how}", style="bold")
     columns = ("layer", "Gini", "null 95 %", "max/mean", "null 95 %", "busiest rank", "its share")
     table = tables.make_table(console, columns, left=("layer",))
     problems = []
@@ -263,9 +264,24 @@ def print_ranks(console: Console, scope: str, layers: Sequence[Counted], names: 
         busiest = "-" if ranks.busiest is None else str(ranks.busiest)
         table.add_row(name, *_balance_cells(ranks.balance), busiest, share)
     console.print(table)
+    _print_placed(console, [layer.ranks for layer in layers if layer.ranks is not None])
     for problem in dict.fromkeys(filter(None, problems)):
         _note(console, f"not measurable: {problem} evenly; choose --ep from its divisors")
     console.print()
+
+
+def _print_placed(console: Console, ranks: Sequence[RankBalance]) -> None:
+    """Says how far loads by recorded placements are known."""
+    placed = [each for each in ranks if each.recorded]
+    total = sum(sum(each.counts or ()) for each in placed)
+    estimated, unplaced = (
+        sum(getattr(each, n) for each in placed) for n in ("estimated", "unplaced")
+    )
+    if estimated:
+        share = 100 * estimated / total
+        _note(console, f"estimated: {share:.1f} % is an even split over replicas on several ranks")
+    if unplaced:
+        _note(console, f"left out: {quantity(unplaced)} assignments under placements that are gone")
 
 
 def print_experts(
@@ -329,7 +345,9 @@ def _print_notes(console: Console, summary: Summary) -> None:
         _note(console, f"NOT OBSERVED: {part['name']}: {part['reason']}", style="yellow")
     if summary.num_faults:
         meaning = FAULTS.get(summary.last_fault or "", "unknown to this version")
-        text = f"FAULTS: {summary.num_faults}, the last {summary.last_fault}: {meaning}"
+        several = ", ".join(f"{number} {name}" for name, number in summary.faults.items())
+        each = f" ({several})" if len(summary.faults) > 1 else ""
+        text = f"FAULTS: {summary.num_faults}{each}, the last {summary.last_fault}: {meaning}"
         _note(console, text, style="red")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from dodoco_ext.views.balances import (
 )
 from dodoco_ext.views.listing import RecordingInfo, describe, texts
 from dodoco_ext.views.null_curve import NullCurve
+from dodoco_ext.views.placed import PlacementInfo, placement_info, received_by_rank
 
 # Simulations at the layers' own loads that a summary may cost: about a tenth of a second each.
 MAX_LOAD_SIMULATIONS = 24
@@ -36,7 +38,8 @@ _PASS_FIGURES = ("gini", "gini_null", "gini_corrected", "max_over_mean", "max_ov
 SCOPE = {
     "whole_run": "this rank only, exact counters of all passes since the recording began (board)",
     "per_pass": "this rank only, mean over the passes still in the ring, every pass of equal weight",
-    "ranks": "whole run of this rank, experts placed in equal contiguous runs (an assumption)",
+    "ranks": "whole run of this rank, experts placed as recorded where `recorded` is true (replicas "
+    "share evenly: an estimate), else in equal contiguous runs (an assumption)",
     "mean_of_layers": "mean of the layers' figures, every layer of equal weight; none where one is",
     "null": "uniform routing of every token to top_k distinct experts",
 }
@@ -48,8 +51,9 @@ WINDOW_SCOPE = {
     "per_pass": "this rank only, mean over the passes later than the saved snapshot that are still in "
     "the ring, every pass of equal weight; by time stamp, so that a pass at the very moment of the "
     "snapshot may count in one scope and not in the other",
-    "ranks": "between the saved snapshot and now, this rank, experts placed in equal contiguous runs "
-    "(an assumption)",
+    "ranks": "between the saved snapshot and now, this rank, experts placed as recorded where "
+    "`recorded` is true (replicas share evenly: an estimate), else in equal contiguous runs (an "
+    "assumption)",
 }
 
 FAULTS = {
@@ -159,9 +163,11 @@ class Summary:
 
     Attributes:
         snapshot: The counters since the recording began, which the summary was made from.
+        faults: Telemetry faults by reason, as `faults_by_reason`, of those that there are.
         window: None where the summary covers all of them.
         unrouted: Names of layers whose router is not observed.
         group: The ranks that transfers were recorded between; None where none were.
+        placements: Where experts lie; None where that is not recorded.
     """
 
     recording: RecordingInfo
@@ -172,8 +178,10 @@ class Summary:
     uncovered: list[dict[str, str]]
     num_faults: int
     last_fault: str | None
+    faults: dict[str, int]
     unrouted: frozenset[str]
     group: Group | None
+    placements: PlacementInfo | None
 
     @property
     def mean_of_layers(self) -> MeanOfLayers:
@@ -197,7 +205,8 @@ def summarise(
 
     Args:
         reader: The recording.
-        num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: none.
+        num_ranks: Expert-parallel ranks to fold the whole-run counts into; None: those that placements
+            are recorded of.
         since: An earlier snapshot of it: only what happened after that. None: all.
         since_name: How messages name that snapshot.
 
@@ -230,13 +239,16 @@ def summarise(
         for m in members:
             each_pass[m.index] = _per_pass(passes[m.index], m, each, loads)
     fault = reader.header["last_fault"]
+    placements = reader.placements()
+    received = received_by_rank(placements, now.layers, since.layers if since else None)
+    each_balance = balances(layers, num_ranks, received)
     return Summary(
         recording=describe(Listed(reader.path, reader, state=reader.state)),
         snapshot=now,
         window=window,
         layers=tuple(
             LayerSummary(layer, balance, each_pass[layer.index], ranks)
-            for layer, (balance, ranks) in zip(layers, balances(layers, num_ranks), strict=True)
+            for layer, (balance, ranks) in zip(layers, each_balance, strict=True)
         ),
         ring=Ring(
             records=len(held),
@@ -252,8 +264,10 @@ def summarise(
         uncovered=uncovered_of(reader),
         num_faults=reader.header["num_faults"],
         last_fault=fault_name(fault) if fault else None,
+        faults={name: number for name, number in faults_by_reason(reader.header).items() if number},
         unrouted=unrouted([reader]),
         group=reader.group,
+        placements=placement_info(placements),
     )
 
 
@@ -315,6 +329,21 @@ def fault_name(code: int) -> str:
         return _C.Fault(code).name
     except ValueError:
         return f"fault {code}"  # written by a later version
+
+
+def faults_by_reason(header: dict[str, Any]) -> dict[str, int]:
+    """Telemetry faults by the lower-case name of the reason, of every reason that this version knows.
+
+    `other`: of a later version's reasons, or of a writer that only named its latest one.
+    """
+    counts: list[int] = list(header["faults"])
+    known = {
+        name.lower(): counts[int(fault.value)]
+        for name, fault in _C.Fault.__members__.items()
+        if fault.value
+    }
+    known["other"] = max(int(header["num_faults"]) - sum(known.values()), 0)
+    return known
 
 
 def _whole_number(value: object) -> int | None:

@@ -32,6 +32,18 @@ inline bool read_everything(const std::string& path) {
     reader.header();
     reader.metadata();
     reader.owner();
+    reader.placements_recorded();
+    for (std::uint32_t layer = 0; layer < reader.layers().size(); ++layer) {
+      const PlacementRead read = reader.read_placements(layer);
+      if (read.entries.size() > reader.placements_kept()) __builtin_trap();
+      for (const PlacementRecord& entry : read.entries) {
+        if (entry.counts.size() != reader.layers()[layer].num_experts) __builtin_trap();
+        for (const std::uint32_t slot : entry.slots) {
+          const bool placed = (slot & 0xFFFF) < entry.counts.size() && slot >> 16 < entry.num_ranks;
+          if (slot != kEmptySlot && !placed) __builtin_trap();
+        }
+      }
+    }
     for (std::uint32_t lane = 0; lane < reader.num_lanes(); ++lane) {
       for (std::uint32_t layer = 0; layer < reader.layers().size(); ++layer) {
         std::vector<std::uint64_t> words(board_block_words(reader.layers()[layer].num_experts));

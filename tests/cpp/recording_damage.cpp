@@ -31,8 +31,10 @@ Bytes whole_recording(const std::string& path) {
   spec.metadata = R"({"layers": [{"name": "a"}, {"name": "b"}, {"name": "c"}]})";
   spec.layers = {{4, 2}, {8, 0}, {9, 9}};
   spec.num_lanes = 2;
-  spec.max_bytes = 110 << 10;
+  spec.max_bytes = 116 << 10;
   spec.group_size = 5;
+  spec.num_slots = 12;
+  spec.kept_placements = 3;
   RecordingWriter writer(spec);
   const std::int64_t ids[6] = {0, 1, 2, -1, 3, 99};
   Transfer transfer{};
@@ -44,6 +46,7 @@ Bytes whole_recording(const std::string& path) {
     transfer.layer = n % 3;
     transfer.experts = {ids, 1, static_cast<std::uint32_t>(n % 6), 1};
     if (n % 3 == 0) writer.lane(n % 2)->record(transfer, nullptr);
+    if (n < 20) writer.record_placement({{0, 2, {0, 1, 2, 1u << 16 | 3}}, {2, 2, {8, kEmptySlot}}});
   }
   writer.close();
   Bytes bytes(writer.file_bytes());

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from contracts import attributes_of, calls_in, class_in, line_in, methods_of
 from dodoco_ext.integrations import megatron_symbols as symbols
-from dodoco_ext.integrations.megatron_symbols import CHECKED, EXECUTED, SYMBOLS, Symbol
+from dodoco_ext.integrations.megatron_symbols import CHECKED, EXECUTED, SYMBOLS
+from dodoco_ext.integrations.symbols import Symbol
 
 pytestmark = pytest.mark.engine
 
@@ -46,50 +48,11 @@ def tree_of(release: str, file: str) -> ast.Module:
 
 
 def class_of(release: str, file: str, name: str) -> ast.ClassDef:
-    for node in tree_of(release, file).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return node
-    pytest.fail(f"megatron-core {release} has no class {name} in {file}")
+    return class_in(tree_of(release, file), name)
 
 
 def line_of(release: str, symbol: Symbol) -> list[ast.ClassDef]:
-    """The class and its parents in the same file."""
-    line = [class_of(release, symbol.file, symbol.name)]
-    names = {n.name for n in tree_of(release, symbol.file).body if isinstance(n, ast.ClassDef)}
-    for parent in line:
-        line += [
-            class_of(release, symbol.file, base.id)
-            for base in parent.bases
-            if isinstance(base, ast.Name) and base.id in names
-        ]
-    return line
-
-
-def methods_of(classes: list[ast.ClassDef]) -> dict[str, ast.FunctionDef]:
-    found: dict[str, ast.FunctionDef] = {}
-    for each in classes:
-        for node in each.body:
-            if isinstance(node, ast.FunctionDef):
-                found.setdefault(node.name, node)
-    return found
-
-
-def attributes_of(classes: list[ast.ClassDef]) -> set[str]:
-    """Attributes that methods set on `self`."""
-    found = set()
-    for node in (node for each in classes for node in ast.walk(each)):
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        flat = [each for t in targets for each in (t.elts if isinstance(t, ast.Tuple) else [t])]
-        found |= {
-            target.attr
-            for target in flat
-            if isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self"
-        }
-    return found
-
-
-def calls_in(function: ast.AST) -> list[str]:
-    return [ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return line_in(tree_of(release, symbol.file), symbol.name)
 
 
 PAIRS = [

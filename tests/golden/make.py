@@ -237,6 +237,40 @@ def with_transfers() -> None:
     path.with_suffix(".json").write_text(json.dumps(found) + "\n")
 
 
+def with_placements() -> None:
+    """Where experts lie, changed more often than is kept, between passes."""
+    path = FOLDER / "placements.dodoco"
+    path.unlink(missing_ok=True)
+    names = [{"name": f"layers.{i}", "num_experts": E} for i, (E, _) in enumerate(LAYERS)]
+    writer = _C.RecordingWriter(
+        str(path), json.dumps({"layers": names, "run": "golden"}), LAYERS, max_bytes=48 << 10,
+        num_slots=12, kept_placements=3,
+    )  # fmt: skip
+    site = np.zeros(8, np.uint64)
+    writer.bind_site(site.ctypes.data, 0, 0)
+    rng = np.random.default_rng(7)
+    for number in range(8):
+        changed = [0, 1] if number == 0 else [number % 4 // 3]
+        maps = []
+        for layer in changed:
+            slots = rng.integers(0, LAYERS[layer][0], 12 - number % 3)
+            slots |= rng.integers(0, 4, len(slots)) << 16
+            slots[number] = _C.EMPTY_SLOT
+            maps.append((layer, 4, slots.astype(np.uint32)))
+        writer.lane(0).map_version = writer.record_placement(maps)
+        Pass(0, rng.integers(0, 4, (5, 2))).record(writer, site)
+    writer.add_fault(_C.Fault.BAD_SHAPE)
+    writer.close()
+    path.chmod(0o644)
+    found = described.by_reader(path)
+    assert [[entry[0] for entry in layer] for layer in found["placements"]] == [
+        [4, 5, 6],
+        [0, 3, 7],
+    ]
+    assert found == described.by_format(path)
+    path.with_suffix(".json").write_text(json.dumps(found) + "\n")
+
+
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     of_every_kind()
@@ -244,3 +278,4 @@ if __name__ == "__main__":
     killed()
     wrapped_epoch()
     with_transfers()
+    with_placements()

@@ -175,10 +175,50 @@ def check_transfers() -> None:
         recorder.close()
 
 
+def check_placements() -> None:
+    """Placements of which the last three are kept, with the counts of both lanes; faults by reason."""
+    path = Path(tempfile.mkdtemp()) / "placed.dodoco"
+    writer = _C.RecordingWriter(
+        str(path), '{"layers": [{"name": "a"}]}', [(4, 2)], num_lanes=2, max_bytes=1 << 18,
+        num_slots=6, kept_placements=3,
+    )  # fmt: skip
+    sites = np.zeros((2, 8), np.uint64)
+    for lane in range(2):
+        writer.bind_site(sites[lane].ctypes.data, lane, 0)
+    ids = np.array([[0, 1], [0, 3]])
+    made = []
+    for number in range(8):
+        site = sites[number % 2].ctypes.data
+        assert _C.route_ids(site, ids.ctypes.data, ids.itemsize, 2, 2, 2, 1, False) == 0
+        slots = np.arange(number % 5 + 1, dtype=np.uint32) % 4 | np.uint32(number % 3 << 16)
+        assert writer.record_placement([(0, 3, slots)]) == number
+        counts = [2 * (number + 1), number + 1, 0, number + 1]
+        made.append((number, slots.tolist(), counts))
+        reader = _C.RecordingReader(str(path))
+        found, lost = reader.placements(0)
+        read = [(version, slots.tolist(), counts.tolist()) for version, *_, counts, slots in found]
+        assert read == made[-3:]
+        assert (lost, reader.placements_recorded()) == (max(number - 2, 0), number + 1)
+    image = path.read_bytes()
+    table = [struct.unpack_from("<IIQ", image, 248 + 40 * i) for i in range(64)]
+    (section,) = [offset for kind, _, offset in table if kind == 5]
+    (size,) = struct.unpack_from("<Q", image, section + 16)
+    with path.open("r+b") as file:  # a word of the latest one is of the next lap
+        file.seek(section + 128 + 7 % 3 * size + 9 * 8 + 4)
+        file.write(struct.pack("<I", 7 // 3 + 2))
+    assert [entry[0] for entry in _C.RecordingReader(str(path)).placements(0)[0]] == [5, 6]
+    writer.add_fault(_C.Fault.BAD_SHAPE)
+    writer.add_fault(_C.Fault.NO_LANE)
+    faults = _C.RecordingReader(str(path)).header()["faults"]
+    assert {number: count for number, count in enumerate(faults) if count} == {2: 1, 8: 1}
+    writer.close()
+
+
 if __name__ == "__main__":
     assert Path(_C.__file__).parent == Path(sys.argv[1]), "the mutant is not what was imported"
     for check in (
-        check_passes, check_statistics, check_ring, check_wrap, check_transfers, check_ids, check_maps,
+        check_passes, check_statistics, check_ring, check_wrap, check_transfers, check_placements, check_ids,
+        check_maps,
     ):  # fmt: skip
         check()
     print("all equal")

@@ -252,6 +252,48 @@ MUTANTS = [
         "if (false) {",
         rebuild="ring_reader.cpp",
     ),
+    Mutant(
+        "forgets that a placement was recorded",
+        "placement.cpp",
+        "store_word(&header_->recorded, recorded + 1);",
+        "store_word(&header_->recorded, recorded);",
+        rebuild="placement.cpp",
+    ),
+    Mutant(
+        "has one epoch for all placements",
+        "placement.cpp",
+        "ring_epoch(head, shape_.kept)",
+        "ring_epoch(0, shape_.kept)",
+        rebuild="placement.cpp",
+    ),
+    Mutant(
+        "writes a placement one word too far",
+        "placement.cpp",
+        "put(kPlacementCounts + 2 * num_experts + i, placement.slots[i]);",
+        "put(kPlacementCounts + 2 * num_experts + i + 1, placement.slots[i]);",
+        rebuild="placement.cpp",
+    ),
+    Mutant(
+        "keeps the counts of the last lane with a placement",
+        "recording_writer.cpp",
+        "counts[e] += words[kBoardWords + e];",
+        "counts[e] = words[kBoardWords + e];",
+        rebuild="recording_writer.cpp",
+    ),
+    Mutant(
+        "counts all faults as one",
+        "recording_writer.cpp",
+        "__atomic_fetch_add(&header->faults[index], 1",
+        "__atomic_fetch_add(&header->faults[1], 1",
+        rebuild="recording_writer.cpp",
+    ),
+    Mutant(
+        "reads a placement in any lap",
+        "placement_reader.cpp",
+        "== SlotRead::kWhole;",
+        "!= SlotRead::kNotYet;",
+        rebuild="placement_reader.cpp",
+    ),
 ]
 
 

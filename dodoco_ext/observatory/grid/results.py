@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dodoco_ext.errors import InputError
-from dodoco_ext.observatory.ep_scan import EpScan
+from dodoco_ext.observatory.ep_results import EpScan
 from dodoco_ext.observatory.result import Interval, plain
 
 SCHEMA = "dodoco.grid/1"

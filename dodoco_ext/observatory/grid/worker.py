@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dodoco_ext.errors import DodocoError, InputError
-from dodoco_ext.observatory.ep_scan import EpScan, ep_scan
+from dodoco_ext.observatory.ep_results import EpScan
+from dodoco_ext.observatory.ep_scan import ep_scan
 from dodoco_ext.observatory.grid import cells
 from dodoco_ext.observatory.grid.acquire import Plan, Subjects
 from dodoco_ext.observatory.grid.batch_scan import batch_scan

@@ -64,6 +64,7 @@ def render(view: View) -> str:
         bands_chart=str(bands_chart(view, raw, corrected=False)),
         moved=_moved,
         signed=signed,
+        dispersion=_dispersion,
         verdicts=_VERDICTS,
         keys=_keys(view),
         per_model=parts,
@@ -134,6 +135,10 @@ def _published(view: View) -> Iterator[Data]:
 def _moved(band: BandResult) -> str:
     factors = [f"{f:g}" for f, other in zip(SCALES, band.scaled, strict=True) if other != band.band]
     return ", ".join(factors) or f"none of {SCALES[0]:g} to {SCALES[-1]:g}"
+
+
+def _dispersion(scan: Data) -> str:
+    return ", ".join(text(value, 1) for value in scan["dispersion"])
 
 
 def _keys(view: View) -> str:

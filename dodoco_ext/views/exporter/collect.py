@@ -119,8 +119,8 @@ def _rank(families: _Families, state: State, each: Observed) -> None:
     labels = each.identity.labels
     families.info("recorder_info", (*labels, *each.about))
     families.add("recorder_up", labels, int(each.up))
-    number, reason = each.faults
-    families.add("recorder_faults_total", (*labels, reason), number)
+    for reason, number in each.faults.items():
+        families.add("recorder_faults_total", (*labels, reason), number)
     families.add("layers", (*labels, "covered"), each.covered)
     families.add("layers", (*labels, "uncovered"), each.uncovered)
     if each.last_ns:

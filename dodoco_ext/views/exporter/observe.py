@@ -12,11 +12,12 @@ from pathlib import Path
 from dodoco_ext.counters import Snapshot
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import run_of
+from dodoco_ext.placements import Placements
 from dodoco_ext.recording import ROUTE, Reader
 from dodoco_ext.sources import Listed, find
 from dodoco_ext.transfers import Group, TrafficTotals
 from dodoco_ext.views.exporter.identity import Identity, identity_of, layer_labels
-from dodoco_ext.views.summary import fault_name, uncovered_of
+from dodoco_ext.views.summary import faults_by_reason, uncovered_of
 
 log = logging.getLogger("dodoco")
 
@@ -41,8 +42,10 @@ class Observed:
         last_ns: Its last pass or transfer, Unix ns; 0: none yet.
         layers: The value of `layer`, one a layer.
         snapshot, traffic: Exact counters.
-        map_version: Version of the physical map in its latest record; None where no record says.
-        faults: Telemetry faults, and the name of the latest.
+        map_version: Changes of the physical map; without placements, its version in the latest record, or
+            None where no record says.
+        placements: Where experts lay; None where the recording does not say.
+        faults: Telemetry faults by reason; `other` for those whose reason is not known.
         covered: Layers with a probe at their router.
         uncovered: Parts of the model without.
     """
@@ -57,7 +60,8 @@ class Observed:
     snapshot: Snapshot
     traffic: tuple[TrafficTotals, ...]
     map_version: int | None
-    faults: tuple[int, str]
+    placements: Placements | None
+    faults: dict[str, int]
     covered: int
     uncovered: int
     world_size: int
@@ -208,14 +212,21 @@ class Observer:
 
 def _observed(identity: Identity, reader: Reader, state: str, before: Observed | None) -> Observed:
     header, meta = reader.header, reader.metadata
-    unrouted = sum(each.get("routed") is False for each in meta["layers"] if isinstance(each, dict))
+    layers = [each for each in meta["layers"] if isinstance(each, dict)]
+    unrouted = [str(each.get("name")) for each in layers if each.get("routed") is False]
+    # A layer may be there only to say why it is not observed.
+    told = {part["name"] for part in uncovered_of(reader)}
     versions = meta.get("versions")
     version = versions.get("dodoco-ext", "") if isinstance(versions, dict) else ""
-    fault = int(header["last_fault"])
+    placements = reader.placements(before.placements if before else None)
     ends = tuple(max(end - _LOOK_BACK, 0) for end in reader.cursor())
     records = reader.read(ends)[0]
     records = records[records["type"] == ROUTE]
-    known = before.map_version if before else None
+    map_version = before.map_version if before else None
+    if placements is not None:
+        map_version = placements.changes
+    elif len(records):
+        map_version = int(records["map_version"][-1])
     return Observed(
         identity=identity,
         reader=reader,
@@ -226,10 +237,11 @@ def _observed(identity: Identity, reader: Reader, state: str, before: Observed |
         layers=layer_labels(reader),
         snapshot=reader.snapshot(),
         traffic=reader.traffic(),
-        map_version=int(records["map_version"][-1]) if len(records) else known,
-        faults=(int(header["num_faults"]), fault_name(fault).lower() if fault else "none"),
-        covered=len(meta["layers"]) - unrouted,
-        uncovered=len(uncovered_of(reader)) + unrouted,
+        map_version=map_version,
+        placements=placements,
+        faults=faults_by_reason(header),
+        covered=len(meta["layers"]) - len(unrouted),
+        uncovered=len(uncovered_of(reader)) + sum(name not in told for name in unrouted),
         world_size=int(header["world_size"]),
         about=(
             run_of(reader),

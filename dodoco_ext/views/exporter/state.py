@@ -50,7 +50,7 @@ class State:
         self.windows = Windows(window_s)
         self.waits = Waits()
         self.look = Look(0, (), (), {})
-        self._placed: dict[tuple[Key, str], dict[int, int]] = {}
+        self._placed: dict[tuple[Key, str], dict[int, float]] = {}
         self._reads_transfers = waits
         self._observer = Observer(folders, keep_s, clock)
         self._clock = clock
@@ -81,8 +81,8 @@ class State:
             elif self._reads_transfers:
                 self.waits.update(self.look.time_ns, self.look.shown)
 
-    def placed(self, key: Key, layer: str) -> dict[int, int]:
-        """Assignments received by rank, by contiguous placement; computed once a look."""
+    def placed(self, key: Key, layer: str) -> dict[int, float]:
+        """Assignments received by rank, as experts are placed; computed once a look."""
         place = (key, layer)
         if place not in self._placed:
             self._placed[place] = self.sums.received(key, layer)

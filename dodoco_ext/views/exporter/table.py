@@ -61,7 +61,7 @@ METRICS = (
     ),
     Metric(
         "recorder_faults_total", "counter", "faults", (*RANK, "reason"),
-        "Telemetry faults of every kind; reason is that of the latest.",
+        "Telemetry faults by reason; other: the reason is not known to this version, or was not recorded.",
     ),
     Metric(
         "layers", "gauge", "layers", (*RANK, "state"),
@@ -77,7 +77,8 @@ METRICS = (
     ),
     Metric(
         "received_assignments_total", "counter", "assignments", (*RANK, "layer"),
-        "(token, expert) pairs that a rank received to compute; absent where it cannot be known.",
+        "(token, expert) pairs that a rank received to compute; absent where it cannot be known. Estimated where "
+        "only counts by expert are known and experts have replicas: these share evenly.",
     ),
     Metric(
         "dropped_assignments_total", "counter", "assignments", (*RANK, "reason"),
@@ -97,7 +98,7 @@ METRICS = (
     ),
     Metric(
         "placement_changes_total", "counter", "changes", RANK,
-        "Changes of the physical expert map, by the version in the rank's latest records.",
+        "Changes of where physical experts lie, since the recording began.",
     ),
     Metric(
         "pass_max_over_mean", "histogram", "", (*LAYER, "pass_tokens"),

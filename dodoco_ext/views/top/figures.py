@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dodoco_ext import metrics
 from dodoco_ext.fleet import FleetLayer
 from dodoco_ext.null_grid import floors
+from dodoco_ext.views.top.placing import Placing
 from dodoco_ext.views.top.tally import Tally
 
 MOST_HOT = 3
@@ -39,6 +40,7 @@ class Row:
         ranks: Ranks that share the experts; 1: taken expert by expert.
         loads: What those ranks compute, by block, [B, R]; as recorded in dispatches, else by placement.
         measured: Whether loads are recorded.
+        placed: Whether they are, if not measured, by recorded placements.
         in_flight: Read in the middle of a pass.
     """
 
@@ -64,6 +66,7 @@ class Row:
     ranks: int
     loads: NDArray[np.uint64]
     measured: bool
+    placed: bool
     in_flight: bool
 
 
@@ -71,7 +74,7 @@ def rows_of(
     layers: Sequence[FleetLayer],
     span: Tally,
     parts: Sequence[Tally],
-    sizes: Sequence[int],
+    placing: Placing,
     in_flight: set[int],
 ) -> tuple[Row, ...]:
     """The rows of a span.
@@ -80,7 +83,7 @@ def rows_of(
         layers: The layers of the run.
         span: What was counted over it.
         parts: The parts of the window, for the lines.
-        sizes: Ranks that share the experts of each layer.
+        placing: How experts lie on ranks.
         in_flight: Layers read in the middle of a pass.
     """
     shorts = short_names([layer.name for layer in layers])
@@ -98,7 +101,7 @@ def rows_of(
         ginis, tokens = _lines(parts, members, num_experts)
         order = np.argsort(counts.astype(np.float64), axis=1, kind="stable")[:, ::-1][:, :MOST_HOT]
         for i, index in enumerate(members):
-            loads = _loads(span, index, num_experts, sizes[index])
+            loads = _loads(span, index, num_experts, placing)
             recorded = span.rank_loads.get(index)
             found[index] = Row(
                 index=index,
@@ -122,9 +125,10 @@ def rows_of(
                 gini_line=ginis[:, i],
                 tokens_line=tokens[:, i],
                 counts=counts[i],
-                ranks=sizes[index],
+                ranks=placing.sizes[index],
                 loads=loads if recorded is None else recorded[None, :],
                 measured=recorded is not None,
+                placed=placing.recorded[index],
                 in_flight=index in in_flight,
             )
     return tuple(found[index] for index in range(len(layers)))
@@ -155,7 +159,11 @@ def _lines(
     return np.array(ginis), np.array(tokens, np.float64)
 
 
-def _loads(span: Tally, index: int, num_experts: int, size: int) -> NDArray[np.uint64]:
+def _loads(span: Tally, index: int, num_experts: int, placing: Placing) -> NDArray[np.uint64]:
+    size = placing.sizes[index]
+    if placing.recorded[index]:
+        blocks = [x for (_, i), x in sorted(span.placed.items()) if i == index and len(x) == size]
+        return np.rint(np.array(blocks or [np.zeros(size)])).astype(np.uint64)
     counts = span.counts[:, index, :num_experts]
     counts = counts[counts.any(axis=1)] if counts.any() else counts[:1]
     if size == 1:

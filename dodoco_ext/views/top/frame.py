@@ -39,7 +39,7 @@ class CostLine:
 
     Attributes:
         cost: The sums.
-        basis: `dispatch`, `counts` or `expert`; "" where nothing was counted.
+        basis: `dispatch`, `placed`, `counts` or `expert`; "" where nothing was counted.
         num_ranks: Ranks that share the experts.
         pass_chance: What uniform routing would wait in passes taken one by one, where they were summed.
     """
@@ -59,7 +59,7 @@ class CostLine:
         factor = f"{cost.speedup:.{2 if cost.speedup < 10 else 1}f}x as fast"
         if self.basis == "expert":
             return f"One rank, by expert: {waiting} waiting (chance {chance}); balanced: {factor}"
-        bound = ">= " if self.basis == "counts" else ""
+        bound = ">= " if self.basis in ("counts", "placed") else ""
         return (
             f"Ranks wait {bound}{waiting} of expert time (chance {chance}); "
             f"balanced: {bound}{factor}"
@@ -70,12 +70,10 @@ class CostLine:
         """How that is known, in a few words."""
         if self.basis == "dispatch":
             return f"{self.num_ranks} ranks, each of {self.cost.steps} dispatches as recorded"
-        if self.basis == "counts":
+        if self.basis in ("counts", "placed"):
             alone = percent(self.pass_chance)
-            return (
-                f"{self.num_ranks} ranks, contiguous experts assumed; passes summed: each alone, by "
-                f"chance, {alone}"
-            )
+            how = "contiguous experts assumed" if self.basis == "counts" else "experts as placed"
+            return f"{self.num_ranks} ranks, {how}; passes summed: each alone, by chance, {alone}"
         if self.basis == "expert":
             return "as if every expert were a rank"
         return ""
@@ -143,19 +141,26 @@ class Frame:
         return tuple(sorted(found, key=lambda p: -p.time_ns)[:most])
 
 
-def cost_line(costs: tuple[Cost, Cost, Cost], num_ranks: int, pass_chance: float = nan) -> CostLine:
+def cost_line(
+    costs: tuple[Cost, Cost, Cost],
+    num_ranks: int,
+    pass_chance: float = nan,
+    *,
+    placed: bool = False,
+) -> CostLine:
     """The best that is known: recorded dispatches, else ranks by placement, else experts.
 
     Args:
         costs: By dispatch, by counts and by pass.
         num_ranks: Ranks that share the experts, the largest of any layer.
         pass_chance: What uniform routing would wait in passes one by one.
+        placed: Whether experts lie as recorded.
     """
     by_dispatch, by_counts, by_pass = costs
     if by_dispatch.steps:
         return CostLine(by_dispatch, "dispatch", num_ranks)
     if num_ranks > 1:
-        return CostLine(by_counts, "counts", num_ranks, pass_chance)
+        return CostLine(by_counts, "placed" if placed else "counts", num_ranks, pass_chance)
     if by_pass.steps:
         return CostLine(by_pass, "expert", 1)
     return CostLine(by_counts, "expert", 1)

@@ -178,11 +178,14 @@ class Session:
         if whole:
             span, text = watch.whole_run(), "whole run"
             span.seconds = _age_s(fleet, live)
-        rows = rows_of(
-            fleet.layers, span, list(watch.parts), watch.placing.sizes, watch.in_flight()
-        )
+        rows = rows_of(fleet.layers, span, list(watch.parts), watch.placing, watch.in_flight())
         costs = (span.by_dispatch, span.by_counts, span.by_pass)
-        cost = cost_line(costs, max(watch.placing.sizes), watch.chance_of_passes(span))
+        cost = cost_line(
+            costs,
+            max(watch.placing.sizes),
+            watch.chance_of_passes(span),
+            placed=all(watch.placing.recorded),
+        )
         rate = max(tally.tokens, default=0) / tally.seconds if tally.seconds else float("nan")
         assert self._choice is not None, "something is looked at"
         return Frame(

@@ -56,6 +56,8 @@ class Tally:
         seconds: Its length; nan where nobody knows.
         scalars: Passes, tokens and assignments of each layer, summed over ranks, uint64 [3, L].
         counts: Assignments by block of ranks that exchange tokens, layer and expert, uint64 [B, L, E].
+        placed: Assignments that each rank of a block received, by block and layer, as experts were placed
+            when they were counted, [R].
         rank_tokens: Tokens that each rank routed: those of its layer that saw most.
         rank_loads: Rows received by each rank of a group in recorded dispatches, by layer, [R].
         by_dispatch: Cost of imbalance from recorded dispatches, each a step.
@@ -66,6 +68,7 @@ class Tally:
     seconds: float
     scalars: Words
     counts: Words
+    placed: dict[tuple[int, int], NDArray[np.float64]] = field(default_factory=dict)
     rank_tokens: dict[int, int] = field(default_factory=dict)
     rank_loads: dict[int, Words] = field(default_factory=dict)
     by_dispatch: Cost = field(default_factory=Cost)
@@ -107,6 +110,8 @@ class Tally:
         self.counts = self.counts + other.counts
         for rank, tokens in other.rank_tokens.items():
             self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + tokens
+        for (block, layer), received in other.placed.items():
+            self.add_placed(block, layer, received)
         for layer, loads in other.rank_loads.items():
             self.add_loads(layer, loads)
         self.by_dispatch += other.by_dispatch
@@ -118,3 +123,12 @@ class Tally:
         mine = self.rank_loads.get(layer)
         fits = mine is not None and len(mine) == len(loads)
         self.rank_loads[layer] = mine + loads if mine is not None and fits else loads
+
+    def add_placed(self, block: int, layer: int, loads: NDArray[np.float64]) -> None:
+        """Adds assignments received by each rank of a block, [R]."""
+        mine = self.placed.get((block, layer), np.zeros(0))
+        size = max(len(mine), len(loads))
+        total = np.zeros(size)
+        total[: len(mine)] += mine
+        total[: len(loads)] += loads
+        self.placed[block, layer] = total

@@ -58,7 +58,8 @@ def detail_lines(frame: Frame, row: Row, width: int) -> list[str]:
 def _rank_lines(frame: Frame, row: Row, width: int) -> list[str]:
     lines: list[str] = []
     if row.ranks > 1:
-        how = "as recorded" if row.measured else "contiguous placement assumed"
+        how = "experts as placed" if row.placed else "contiguous placement assumed"
+        how = "as recorded" if row.measured else how
         for number, loads in enumerate(row.loads):
             cost = cost_of(loads[None, :], row.num_experts, row.top_k)
             group = f", group {number}" if len(row.loads) > 1 else ""

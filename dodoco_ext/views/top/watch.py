@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 
@@ -13,6 +14,7 @@ from dodoco_ext.cost_of_imbalance import Cost, cost_of, cost_of_peaks
 from dodoco_ext.errors import RecordingError
 from dodoco_ext.fleet import Fleet
 from dodoco_ext.null_grid import floors
+from dodoco_ext.placements import Placements
 from dodoco_ext.recording import RECORD_DTYPE, ROUTE, Cursor, Reader
 from dodoco_ext.views.top.dispatches import Dispatches
 from dodoco_ext.views.top.placing import Placing
@@ -59,6 +61,8 @@ class Watch:
         self.tail: deque[tuple[int, NDArray[np.void]]] = deque()
         self._counters: dict[str, Counters] = {}
         self._cursors: dict[str, Cursor] = {}
+        self._placements: dict[str, Placements | None] = {}
+        self._placed: tuple[int, ...] = ()
         self._dispatches = Dispatches()
         self._last_s: float | None = None
         self.follow(fleet)
@@ -67,13 +71,37 @@ class Watch:
     def follow(self, fleet: Fleet) -> None:
         """Goes on with the same layers in other recordings, as after the restart of a rank."""
         self.fleet = fleet
-        self.placing = Placing.of(fleet, self._num_ranks, alone=self.alone)
+        self._look_up_placements()
+        self._place_experts()
         self.num_experts = max(layer.num_experts for layer in fleet.layers)
         gone = [rank for rank in self.failed if rank not in fleet.ranks]
         for rank in gone:
             del self.failed[rank]
+        self._forget_other_shapes()
+
+    def _place_experts(self) -> None:
+        placed = self._placed
+        self.placing = Placing.of(self.fleet, self._num_ranks, alone=self.alone, placed=placed)
+
+    def _forget_other_shapes(self) -> None:
         if self.parts and self.parts[0].counts.shape != self._empty().counts.shape:
             self.parts.clear()
+
+    def _look_up_placements(self) -> bool:
+        """Reads where experts lie; whether that is now known of other layers or ranks than before."""
+        on: list[set[int]] = [set() for _ in self.fleet.layers]
+        for rank, reader in self.fleet.ranks.items():
+            with contextlib.suppress(RecordingError):  # as it was when it could be read
+                known = self._placements.get(reader.uuid)
+                self._placements[reader.uuid] = reader.placements(known)
+            placements = self._placements.get(reader.uuid)
+            for own in range(self.fleet.num_layers(rank)):
+                now = placements.layers[own].current if placements else None
+                on[self.fleet.place_of(rank, own)].add(now.num_ranks if now else 0)
+        placed = tuple(sizes.pop() if len(sizes) == 1 else 0 for sizes in on)
+        changed = placed != self._placed
+        self._placed = placed
+        return changed
 
     def look(self, now_s: float | None = None, *, ended: bool = False) -> Tally:
         """Reads all ranks once; what has been counted since the last look, nothing at the first.
@@ -84,6 +112,9 @@ class Watch:
         """
         now = time.monotonic() if now_s is None else now_s
         first = self._last_s is None
+        if self._look_up_placements():
+            self._place_experts()
+            self._forget_other_shapes()
         tally = self._empty()
         tally.seconds = now - self._last_s if self._last_s is not None else 0.0
         for rank, reader in self.fleet.ranks.items():
@@ -118,6 +149,7 @@ class Watch:
             counters = self._counters.get(reader.uuid)
             if counters is not None:
                 self._place(rank, counters, total)
+                self._receive(rank, reader, counters, None, total)
         total.by_dispatch, total.by_pass = self.history.by_dispatch, self.history.by_pass
         total.rank_loads = self.history.rank_loads
         total.by_counts = self.cost_of_counts(total)
@@ -138,8 +170,13 @@ class Watch:
         """The cost of one step of each layer and block, its load all that was counted."""
         cost = Cost()
         for (num_experts, top_k, size), members in self._kinds().items():
+            placed = [i for i in members if self.placing.recorded[i]]
+            received = [x for (_, i), x in tally.placed.items() if i in placed and len(x) == size]
+            if received:
+                cost += cost_of(np.array(received), num_experts, top_k)
+            members = [i for i in members if i not in placed]
             loads = tally.counts[:, members, :num_experts].reshape(-1, num_experts)
-            if size > 1:
+            if size > 1 and members:
                 placement = metrics.contiguous_placement(num_experts, size)
                 loads = metrics.rank_counts(loads, placement)
             cost += cost_of(loads, num_experts, top_k)
@@ -157,6 +194,8 @@ class Watch:
             passes = tally.scalars[0, members].astype(np.float64) / ranks * self.placing.num_blocks
             counted = passes > 0
             each = pairs[counted] * size / passes[counted]
+            if num_experts % size:  # unequal shares: what chance does is not known
+                return float("nan")
             peaks = floors(each, num_experts, top_k, size if size > 1 else None).peak
             mean += float(pairs[counted].sum())
             chance += float((pairs[counted] * peaks).sum())
@@ -187,6 +226,7 @@ class Watch:
         grown = counters if before is None else counters.since(before)
         if grown is not None and not first:
             self._place(rank, grown, tally)
+            self._receive(rank, reader, counters, before, tally)
         records = _forward(records, self.fleet.num_layers(rank))
         if len(records):
             self._remember(rank, records)
@@ -199,6 +239,21 @@ class Watch:
         tally.scalars[:, places] += counters.scalars
         tally.counts[blocks, places, : counters.counts.shape[1]] += counters.counts
         tally.rank_tokens[rank] = int(counters.scalars[1].max(initial=0))
+
+    def _receive(
+        self, rank: int, reader: Reader, now: Counters, before: Counters | None, tally: Tally
+    ) -> None:
+        """Adds what each rank received of what one counted, where its experts lie as recorded."""
+        placements = self._placements.get(reader.uuid)
+        for own in range(now.counts.shape[0]) if placements else ():
+            place = self.fleet.place_of(rank, own)
+            if not self.placing.recorded[place] or placements is None:
+                continue
+            experts = slice(self.fleet.layers[place].num_experts)
+            start = before.counts[own, experts] if before is not None else None
+            received = placements.layers[own].received(now.counts[own, experts], start)
+            block = self.placing.blocks[place].get(rank, 0)
+            tally.add_placed(block, place, received.loads)
 
     def _cost_of_passes(self, rank: int, records: NDArray[np.void]) -> Cost:
         cost = Cost()
