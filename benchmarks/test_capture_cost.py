@@ -133,7 +133,7 @@ def test_a_job_over_gloo(figures: Figures, tmp_path: Path, in_memory: None, allo
 
     job = Job(
         str(tmp_path), ranks=4, layers=2, tokens=2048, hidden=512, iterations=1,
-        paired_blocks=figures.blocks(40),
+        paired_blocks=figures.blocks(25),
     )  # fmt: skip
     results = run(job, timeout_s=500)
     table = figures.table(

@@ -22,6 +22,7 @@ from dodoco_ext import _C, __version__
 from dodoco_ext.device import FORMS, MAX_EXPERTS, Device
 from dodoco_ext.errors import InputError, RecordingError
 from dodoco_ext.folders import distrust
+from dodoco_ext.lane_places import lanes_of, names_of
 from dodoco_ext.placement_spec import PlacementSpec, check_room, packed_slots
 from dodoco_ext.pruning import prune
 from dodoco_ext.settings import SUFFIX, Settings
@@ -29,10 +30,6 @@ from dodoco_ext.settings import SUFFIX, Settings
 log = logging.getLogger("dodoco")
 
 _OF_ALL_LANES = ("enabled", "record_every", "map_version")
-
-# Lanes of a device where nobody asked for more: one for the stream that runs the model, one for the
-# stream that captures it.
-DEVICE_LANES = 2
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class Recorder:
         if group is not None:
             _check(group)
             devices = tuple(dict.fromkeys(("cpu", *devices)))
-        places = _lanes_of(devices, lanes)
+        places = lanes_of(devices, lanes)
         self.run = self.settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         metadata = self._metadata(labels or {}, places)
         self._writer, self.path = self._create(metadata, len(places))
@@ -298,7 +295,7 @@ class Recorder:
         return json.dumps(
             {
                 "run": self.run,
-                "lanes": _names_of(places),
+                "lanes": names_of(places),
                 "layers": [_described(layer) for layer in self.layers],
                 "uncovered": [asdict(part) for part in self.uncovered],
                 **({"group": asdict(self.group)} if self.group else {}),
@@ -378,35 +375,6 @@ def _check(group: GroupSpec) -> None:
         )
     if not 0 <= group.index < len(ranks):
         raise InputError(f"index {group.index} in a group of {len(ranks)} ranks: count from 0")
-
-
-def _lanes_of(devices: Sequence[str], lanes: int | None) -> list[str]:
-    """The place of every lane: the host's first, then device by device."""
-    if not devices:
-        raise InputError("devices=(): name at least one, as in ('cpu',)")
-    others = sorted(set(devices) - {"cpu"}, key=lambda name: (len(name), name))
-    for name in others:
-        if not name.removeprefix("cuda:").isdigit():
-            raise InputError(f"device {name!r}: give 'cpu' or 'cuda:N'")
-    on_host, most = "cpu" in devices, _C.MAX_LANES // len({*devices})
-    if lanes is not None and not 1 <= lanes <= most:
-        where = f" with {len({*devices})} devices" if len({*devices}) > 1 else ""
-        raise InputError(f"lanes={lanes}: give 1 to {most}{where}")
-    places = ["cpu"] * (lanes or 1) if on_host else []
-    each = max(lanes or 1, min(DEVICE_LANES, (_C.MAX_LANES - len(places)) // max(len(others), 1)))
-    places += [name for name in others for _ in range(each)]
-    if len(places) > _C.MAX_LANES:
-        raise InputError(
-            f"{len(places)} lanes for {', '.join(devices)}: {_C.MAX_LANES} are possible"
-        )
-    return places
-
-
-def _names_of(places: Sequence[str]) -> list[str]:
-    """What lanes are called in a recording: `host`, `host 1`, `cuda:0`, `cuda:0 1`."""
-    numbers = [places[:index].count(place) for index, place in enumerate(places)]
-    names = ["host" if place == "cpu" else place for place in places]
-    return [f"{name} {n}" if n else name for name, n in zip(names, numbers, strict=True)]
 
 
 def _close(writer: _C.RecordingWriter, devices: dict[str, Device]) -> None:

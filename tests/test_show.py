@@ -247,7 +247,7 @@ def test_what_is_not_observed_and_faults_are_shown(capsys: Capture) -> None:
     assert "copied after attach()" in found["faults"]["meaning"]
     out = show(capsys, path)
     assert "NOT OBSERVED: mtp.gate: fused kernel" in out
-    assert "FAULTS: 2, the last COPIED_SITE" in out
+    assert "FAULTS: 2 (1 bad_shape, 1 copied_site), the last COPIED_SITE" in out
 
 
 def test_every_fault_is_explained() -> None:

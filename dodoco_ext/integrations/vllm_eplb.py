@@ -87,7 +87,7 @@ def _balanced(model: torch.nn.Module) -> list[tuple[str, Any, Any]]:
     found = []
     for name, module in model.named_modules():
         if isinstance(module, MoERunner):
-            state = module.eplb_state
+            state = getattr(module, "eplb_state", None)
             if state is not None and state.logical_to_physical_map is not None:
                 found.append((name, module, state))
     return found

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NUM_DRAWS = 4
 NUM_RANKS = 8
 
+_LABELS = {".html": "report:", ".json": "numbers:", ".parquet": "table:"}
+
 
 def observe_grid(
     models: tuple[str, ...],
@@ -56,6 +58,7 @@ def observe_grid(
     with quiet():
         from dodoco_ext.observatory.grid.acquire import Plan
         from dodoco_ext.observatory.grid.run import run_grid, write
+        from dodoco_ext.observatory.page.write import write_page
         from dodoco_ext.observatory.zoo.shipped import PREFIX
         from dodoco_ext.observatory.zoo.species import SPECIES
     plan = Plan(
@@ -75,18 +78,19 @@ def observe_grid(
                 plan, folder, num_ranks=num_ranks or NUM_RANKS, jobs=jobs, progress=progress
             )
     except KeyboardInterrupt:
-        errors.print("interrupted: finished cells are kept, the same command goes on")
+        errors.print(
+            "interrupted: finished cells are kept, the same command goes on", soft_wrap=True
+        )
         raise
     paths = write(run, folder)
+    page, *_ = write_page(folder)
     if as_json:
         click.echo(to_json(run.numbers, run.provenance), nl=False)
         return
     print_grid(run.numbers, Console())
     console = Console()
-    for path in paths:
-        console.print(
-            f"{'numbers:' if path.suffix == '.json' else 'table:':<9} {path}", soft_wrap=True
-        )
+    for path in (page, *paths):
+        console.print(f"{_LABELS[path.suffix]:<9} {path}", soft_wrap=True, highlight=False)
     if len(paths) == 1:
         console.print("no table: pip install 'dodoco-ext[trace]' for cells.parquet")
 
@@ -144,7 +148,8 @@ def _progress(console: Console) -> Iterator[Callable[[Progress], None]]:
             if not now.finished:
                 return
             if now.status not in ("new", "kept"):
-                console.print(f"{now.finished}: {now.status}; it was made again", highlight=False)
+                said = f"{now.finished}: {now.status}; it was made again"
+                console.print(said, highlight=False, soft_wrap=True)
             if not console.is_terminal:
                 kept = " (kept)" if now.status == "kept" else ""
                 parts = [f"{now.finished}{kept}: {count}", *([left] if left else [])]
