@@ -75,7 +75,8 @@ def trends(runs: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 99])
     raw, corrected, at_equal, slopes = 0, 0, 0, []
     for _ in range(runs):
-        scan = observe([router(0.0, rng) for _ in range(LAYERS)], rng).batch_scan()
+        routers = [router(0.0, rng) for _ in range(LAYERS)]
+        scan = observe(routers, rng).batch_scan()
         raw += scan.growing.raw_slope.verdict != "none"
         corrected += scan.growing.corrected_slope.verdict != "none"
         at_equal += scan.equal.corrected_slope.verdict != "none"
