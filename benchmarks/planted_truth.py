@@ -75,7 +75,8 @@ def trends(runs: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 99])
     raw, corrected, at_equal, slopes = 0, 0, 0, []
     for _ in range(runs):
-        scan = observe([router(0.0, rng) for _ in range(LAYERS)], rng).batch_scan()
+        routers = [router(0.0, rng) for _ in range(LAYERS)]
+        scan = observe(routers, rng, draws=4, sequences=128).batch_scan()  # the grid's default
         raw += scan.growing.raw_slope.verdict != "none"
         corrected += scan.growing.corrected_slope.verdict != "none"
         at_equal += scan.equal.corrected_slope.verdict != "none"
@@ -105,7 +106,7 @@ def main() -> int:
     parser.add_argument(
         "--runs", type=int, default=300, help="a kind of routing; 0 leaves this part out"
     )
-    parser.add_argument("--trend-runs", type=int, default=200, help="0 leaves this part out")
+    parser.add_argument("--trend-runs", type=int, default=100, help="0 leaves this part out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="a part that was left out is kept as it is there")
     given = parser.parse_args()

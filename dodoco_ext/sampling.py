@@ -56,7 +56,8 @@ def selection_of(log_weights: FloatArray, top_k: int) -> FloatArray:
         selection[..., 1:] = np.exp(
             log_weights[..., None] + tails[..., 1:, :-1] - tails[..., :-1, 1:]
         )
-    return np.clip(np.nan_to_num(selection), 0.0, 1.0)
+    probabilities: FloatArray = np.clip(np.nan_to_num(selection), 0.0, 1.0)
+    return probabilities
 
 
 def uniform_selection(num_experts: int, top_k: int) -> FloatArray:

@@ -18,7 +18,7 @@ STORED = Path(__file__).parents[1] / "benchmarks" / "results" / "planted-truth.j
 def test_intervals_cover_the_truth(jitter: float) -> None:
     rng = np.random.default_rng(7)
     hits = {"grid": 0, "ranks": 0, "observe": 0}
-    for _ in range(16):
+    for _ in range(10):
         routers = [router(0.25, rng, jitter) for _ in range(LAYERS)]
         experts, ranks = np.array([one.truth(rng) for one in routers]).mean(axis=0)
         found = observe(routers, rng)
@@ -29,13 +29,13 @@ def test_intervals_cover_the_truth(jitter: float) -> None:
         ):
             low, high = figures.corrected_gini_interval
             hits[name] += low <= truth <= high
-    assert min(hits.values()) >= 12, hits  # of 15 expected; fewer in 1 of 1000 by chance
+    assert min(hits.values()) >= 7, hits  # of 9.5 expected; fewer in 1 of 1000 by chance
 
 
 def test_a_truth_that_is_wrong_is_not_covered() -> None:
     rng = np.random.default_rng(8)
     hits = 0
-    for _ in range(10):
+    for _ in range(4):
         found = observe([router(0.25, rng) for _ in range(LAYERS)], rng)
         low, high = found.cell.experts.corrected_gini_interval
         hits += low <= 0.265 <= high
@@ -44,12 +44,12 @@ def test_a_truth_that_is_wrong_is_not_covered() -> None:
 
 def test_uniform_routing_has_a_trend_in_raw_gini_and_none_in_corrected() -> None:
     rng = np.random.default_rng(9)
-    scans = [observe([router(0.0, rng) for _ in range(LAYERS)], rng).batch_scan() for _ in range(5)]
-    assert [scan.growing.raw_slope.verdict for scan in scans] == ["falls"] * 5
+    scans = [observe([router(0.0, rng) for _ in range(LAYERS)], rng).batch_scan() for _ in range(4)]
+    assert [scan.growing.raw_slope.verdict for scan in scans] == ["falls"] * 4
     assert all(scan.growing.raw_slope.value < -0.02 for scan in scans)
     assert sum(scan.growing.corrected_slope.verdict != "none" for scan in scans) <= 2
     assert abs(np.mean([scan.growing.corrected_slope.value for scan in scans])) < 0.004
-    assert sum(scan.verdict == "vanishes" for scan in scans) >= 3
+    assert sum(scan.verdict == "vanishes" for scan in scans) >= 2
 
 
 def test_routers_are_what_they_claim() -> None:
