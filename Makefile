@@ -21,7 +21,7 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-CHECKS := demo test kernel engines serving mutants gates lint sanitize fuzz bench-record wheel pythons
+CHECKS := demo test kernel engines serving observatory grid mutants gates lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
 CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h tests/cpp/*.cpp)
@@ -29,7 +29,7 @@ CPP_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cpp/*.h t
 SOURCES := setup.py pyproject.toml \
   $(shell find csrc dodoco_ext triton_kernels -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 
-.PHONY: help demo observatory zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
+.PHONY: help demo observatory grid zoo test kernel check list-checks engines serving mutants bench bench-record gpu-check sanitize fuzz wheel pythons clean \
   lint lint-python lint-types lint-imports lint-cpp format
 
 help: ## print this list
@@ -40,12 +40,17 @@ demo: $(STAMPS)/package ## observe five small trained MoE models under six kinds
 	$(BIN)/dodoco observe --preset demo --out results/demo
 
 test: $(STAMPS)/package $(STAMPS)/dev ## all tests but those below (at most 10 minutes, install included)
-	$(BIN)/pytest tests $(addprefix --ignore=,tests/engines tests/serving tests/mutants tests/gates $(KERNEL_TESTS))
+	$(BIN)/pytest tests $(addprefix --ignore=,tests/engines tests/serving tests/mutants tests/gates $(KERNEL_TESTS) $(GRID_TESTS))
 
 # Minutes in Triton's interpreter, which is slow.
 KERNEL_TESTS := tests/test_triton_route_stats.py tests/test_kernel_mutants.py $(wildcard tests/test_gpu_*.py)
 kernel: $(STAMPS)/package $(STAMPS)/dev ## the GPU kernel, interpreted, against the C++ writer; what gpu-check does, without a GPU
 	$(BIN)/pytest $(KERNEL_TESTS)
+
+# Whole grids, small ones, again and again: killed, damaged, on full disks, of planted routers, in a browser.
+GRID_TESTS := tests/test_grid_run.py tests/test_grid_batches.py tests/test_planted_truth.py tests/test_page.py
+grid: $(STAMPS)/package $(STAMPS)/dev ## the Observatory's command and page from end to end
+	$(BIN)/pytest -rs $(GRID_TESTS)
 
 observatory: $(STAMPS)/package $(STAMPS)/dev ## five models under six conditions, scanned over batch and EP sizes, into results/grid/ (about 5 minutes)
 	$(BIN)/dodoco observe --preset grid --out results/grid
