@@ -302,8 +302,7 @@ build/vllm-wheels/.downloaded: $(TORCH_STAMP)
 	@echo "downloading $(VLLM_CHECKED) into build/vllm-wheels (once)"
 	@rm -rf build/vllm-wheels && mkdir -p build/vllm-wheels
 	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: \
-	  --platform manylinux_2_28_x86_64 --platform manylinux_2_31_x86_64 -d build/vllm-wheels $(VLLM_CHECKED) \
-	  || echo "no wheel of $(VLLM_CHECKED): its names are not checked"
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_31_x86_64 -d build/vllm-wheels $(VLLM_CHECKED)
 	@touch $@
 
 # Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.
@@ -317,5 +316,5 @@ build/megatron/.installed: $(TORCH_STAMP) constraints.txt
 	@$(PIP) --no-deps --target build/megatron $(MEGATRON) tensorboard protobuf absl-py
 	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps -d build/megatron/wheels $(MEGATRON)
 	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: --python-version 3.12 \
-	  -d build/megatron/wheels $(MEGATRON_CHECKED) || echo "no wheel of $(MEGATRON_CHECKED): its names are not checked"
+	  -d build/megatron/wheels $(MEGATRON_CHECKED)
 	@touch $@

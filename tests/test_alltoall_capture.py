@@ -103,6 +103,28 @@ class TestTheMechanism:
         assert any("alltoall_base_" in name for name in operators.seen)
         assert any("alltoall_base_" in event.name for event in profile.events())
 
+    def test_what_somebody_put_around_a_method_stays(self) -> None:
+        called, before = [], methods()
+        name = "all_to_all_single" if "all_to_all_single" in before else "alltoall_base"
+        capture = dodoco.capture_alltoall(layers=1)
+        ours = getattr(dist.ProcessGroup, name)
+
+        def theirs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return ours(self, *args, **kwargs)
+
+        setattr(dist.ProcessGroup, name, theirs)
+        try:
+            send()
+            assert kinds(capture) == [(0, DISPATCH, 6)]
+            capture.close()
+            send()
+            assert called == [name, name]
+            assert vars(dist.ProcessGroup)[name] is theirs
+        finally:
+            setattr(dist.ProcessGroup, name, before[name])
+        assert methods() == before
+
     def test_a_subclass_of_tensors_and_named_arguments_take_the_long_way(self) -> None:
         class Plain(torch.Tensor):
             pass

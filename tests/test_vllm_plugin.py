@@ -119,6 +119,10 @@ def test_a_draft_model_is_recorded_apart(kind: type[Runner]) -> None:
     assert [layer.tokens for layer in serving.drafts.snapshot().layers] == [1]
     labels = [one.reader.metadata["labels"] for one in (serving.attachment, serving.drafts)]
     assert labels == [{"model_name": "tiny"}, {"model_name": "tiny (draft)"}]
+    runs = [one.reader.metadata["run"] for one in (serving.attachment, serving.drafts)]
+    assert runs[1] == f"{runs[0]}-draft"
+    created = [one.reader.header["created_unix_ns"] for one in (serving.attachment, serving.drafts)]
+    assert created[1] < created[0]
     serving.stop()
 
 
@@ -218,9 +222,13 @@ def test_what_fails_of_ours_leaves_the_runner_as_it_was(
         def load_model(self) -> str:
             return "loaded"
 
+        def compile_or_warm_up_model(self) -> str:
+            return "warm"
+
     worker = Worker()
     patch = vllm_serving.watch(worker)
     assert worker.load_model() == "loaded"
+    assert worker.compile_or_warm_up_model() == "warm"
     assert told == ["dodoco: nothing is recorded: RuntimeError: planted"]
     assert "execute_model" not in vars(runner)
     assert all(layer.router.capture_fn is None for layer in runner.model)

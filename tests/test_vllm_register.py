@@ -40,6 +40,12 @@ class Loads(WorkerWrapperBase):
             def load_model(self) -> None:
                 pass
 
+            def compile_or_warm_up_model(self) -> float:
+                # As GPU workers do with their second runner: steps that say nothing of what they are.
+                self.model_runner.execute_model(scheduled(100))
+                self.model_runner.sample_tokens(None)
+                return 1.5
+
         self.worker = Worker()
 
     def load(self) -> None:
@@ -87,6 +93,18 @@ def test_off_the_plugin_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_steps_that_warm_up_are_no_traffic() -> None:
+    runner = Runner1(draft=True)
+    loads = Loads(runner)
+    vllm_serving.watch(loads.worker)
+    loads.load_model()
+    assert loads.compile_or_warm_up_model() == 1.5
+    runner.execute_model(scheduled(3))
+    runner.sample_tokens(None)
+    found = [Reader(listed.path) for listed in find(Settings.from_environment().directories())]
+    assert sorted(each.snapshot().layers[0].tokens for each in found) == [1, 3]
 
 
 def test_a_worker_that_loads_again_is_recorded_once() -> None:

@@ -57,7 +57,7 @@ class Listener(Protocol):
 # read it without a lock.
 _listeners: tuple[tuple[dist.ProcessGroup, Listener, int], ...] = ()
 _libraries: list[torch.library.Library] = []
-_methods: dict[str, Any] = {}  # of ProcessGroup, as they were
+_methods: dict[str, tuple[Any, Any]] = {}  # of ProcessGroup: as they were, and ours
 _lock = threading.Lock()
 # Works that nobody has waited for yet: where C++ holds one, only this keeps its Python half alive.
 _not_waited: set[ObservedWork] = set()
@@ -81,8 +81,11 @@ def stop_listening(listener: Listener) -> None:
     with _lock:
         _listeners = tuple(entry for entry in _listeners if entry[1] is not listener)
         if not _listeners:
-            while _methods:
-                setattr(dist.ProcessGroup, *_methods.popitem())
+            for name, (before, ours) in _methods.items():
+                # Whatever somebody has put around ours goes on: without listeners, ours passes.
+                if vars(dist.ProcessGroup)[name] is ours:
+                    setattr(dist.ProcessGroup, name, before)
+            _methods.clear()
             while _libraries:
                 _libraries.pop()._destroy()
 
@@ -99,8 +102,8 @@ def _register() -> None:
                 library.impl(name, kernel, "BackendSelect", with_keyset=True)
     for name in _METHODS:
         if (method := vars(dist.ProcessGroup).get(name)) is not None:
-            _methods[name] = method
-            setattr(dist.ProcessGroup, name, short_cut(method))
+            _methods[name] = method, short_cut(method)
+            setattr(dist.ProcessGroup, name, _methods[name][1])
 
 
 # Both are `c10d::alltoall_base_`; torch 2.13 knows the second name too.

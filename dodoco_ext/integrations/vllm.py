@@ -11,8 +11,7 @@ plugin does (`vllm_plugin`), and says which passes are traffic (`vllm_serving`).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -101,6 +100,7 @@ class LoadedModelAttachment:
         self.layers = recorder.layers
         self.reader = Reader(recorder.path)
         self._recorder = recorder
+        self._num_valid = -1
         self._slots: list[Slot] = []
         self._sites: list[int] = []
         refused = []
@@ -136,21 +136,20 @@ class LoadedModelAttachment:
     def enabled(self, value: bool) -> None:
         self._recorder.set("enabled", int(value))
 
-    @contextlib.contextmanager
-    def counting(self, num_valid: int | None) -> Iterator[None]:
-        """Counts what runs inside as traffic, and nothing after it.
+    def count(self, num_valid: int | None) -> None:
+        """Counts what runs from now on as traffic, until `enabled` is set to False.
 
         On a device both take effect in the order of the current stream, as the passes do.
 
         Args:
             num_valid: Rows of each pass that are real; the rest is counted as padding. None: all.
         """
-        self._recorder.set("num_valid", -1 if num_valid is None else num_valid)
-        self.enabled = True
-        try:
-            yield
-        finally:
-            self.enabled = False
+        valid = -1 if num_valid is None else num_valid
+        if valid != self._num_valid:
+            self._num_valid = -2  # unknown, if that fails half-way
+            self._recorder.set("num_valid", valid)
+            self._num_valid = valid
+        self._recorder.set("enabled", 1)
 
     @property
     def record_every(self) -> int:
@@ -199,7 +198,7 @@ def attach_loaded(
         model: What `LLM.apply_model()` or a worker's model runner gives.
         even_if_none: Whether a model is recorded of whose MoE layers none can be observed: then the
             recording says so.
-        enabled: Whether passes count from now on; if not, those inside `counting()` do.
+        enabled: Whether passes count from now on; if not, those after `count()` do.
         select: Gives the rows to record of the ids of a pass, `[T, k]`; None: all.
         group: The expert-parallel ranks.
         labels: Text to find the recording by.

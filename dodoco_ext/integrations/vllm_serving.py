@@ -2,7 +2,8 @@
 
 The recorder is switched off but while `execute_model()` runs a step that the scheduler made. So profiling,
 warm-up, the capture of CUDA graphs and the dummy batches of data parallelism are not counted, in whichever
-way a model runner does them; captured and compiled code obeys the switch, which is on the device.
+way a model runner does them; captured and compiled code obeys the switch, which is on the device. Steps that
+a worker makes up to warm up look like the scheduler's: all of its warm-up is left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,8 +51,25 @@ def watch(worker: Any) -> Patch:
             log.warning("dodoco: nothing is recorded: %s: %s", type(error).__name__, error)
         return result
 
+    def warm_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for serving in served:
+            serving.traffic.is_on = False
+        try:
+            return warming.call(self, *args, **kwargs)
+        finally:
+            for serving in served:
+                serving.traffic.is_on = True
+
     patch = Patch(worker, "load_model", load_model)
+    warming = Patch(worker, "compile_or_warm_up_model", warm_up)
     return patch
+
+
+@dataclass
+class Traffic:
+    """Whether the steps of a worker are traffic."""
+
+    is_on: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,11 +79,13 @@ class Serving:
     Attributes:
         attachment: The model's.
         drafts: The draft model's, if it routes.
+        traffic: Whether steps are traffic now.
         undo: Takes everything back.
     """
 
     attachment: LoadedModelAttachment
     drafts: LoadedModelAttachment | None
+    traffic: Traffic
     undo: contextlib.ExitStack
 
     def stop(self) -> None:
@@ -89,8 +109,12 @@ def serve(runner: Any, config: Any) -> Serving | None:
         log.warning("dodoco: nothing is recorded: %s", reason)
         return None
     rows, settings = Rows.of(parallel), settings_of(config)
-    name = model_name(config)
+    name, traffic = model_name(config), Traffic()
     with contextlib.ExitStack() as undo:
+        # Before the model's, whose recording is then the latest, which is what is shown.
+        drafts = _attach_draft(runner, rows, name, settings)
+        if drafts is not None:
+            undo.callback(drafts.detach)
         try:
             attachment = attach_loaded(
                 runner.get_model(),
@@ -105,15 +129,14 @@ def serve(runner: Any, config: Any) -> Serving | None:
             log.info("dodoco: nothing is recorded: %s", error)
             return None
         undo.callback(attachment.detach)
-        undo.callback(_count_steps(runner, attachment, rows).undo)
-        drafts = _attach_draft(runner, rows, name, settings)
-        if drafts is not None:
-            undo.callback(drafts.detach)
-            undo.callback(_count_drafts(runner, drafts).undo)
+        undo.callback(_count_steps(runner, attachment, rows, traffic).undo)
         undo.callback(vllm_eplb.watch(runner.get_model(), attachment))
+        if drafts is not None:
+            undo.callback(_count_drafts(runner, drafts, traffic).undo)
+            undo.callback(vllm_eplb.watch(runner.get_draft_model(), drafts))
         mark_compiled_code(config)
         report(attachment)
-        return Serving(attachment, drafts, undo.pop_all())
+        return Serving(attachment, drafts, traffic, undo.pop_all())
 
 
 def model_name(config: Any) -> str:
@@ -126,7 +149,8 @@ def settings_of(config: Any) -> Settings:
     """The settings of this rank: vLLM knows its number, and what all ranks of this server share."""
     settings = Settings.from_environment()
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return settings
+        # Named here, so that the draft model's recording can be named after it.
+        return replace(settings, run=settings.run or time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
     # An engine of data parallelism adds its number to what the server's engines share.
     shared = re.sub(r"_dp\d+$", "", str(config.instance_id))
     run = settings.run or re.sub(r"[^A-Za-z0-9_-]", "-", f"vllm-{shared}")[:64]
@@ -171,7 +195,6 @@ def _attach_draft(
     draft = runner.get_draft_model()
     if draft is None:
         return None
-    run = settings.run
     try:
         attachment = attach_loaded(
             draft,
@@ -179,7 +202,7 @@ def _attach_draft(
             enabled=False,
             select=None if rows.are_all else rows.select,
             labels={"model_name": f"{name} (draft)"},
-            settings=replace(settings, run=None if run is None else f"{run[:58]}-draft"),
+            settings=replace(settings, run=f"{(settings.run or '')[:58]}-draft"),
         )
     except NothingToObserve:
         return None  # most draft models have no experts
@@ -187,48 +210,54 @@ def _attach_draft(
     return attachment
 
 
-def _count_steps(runner: Any, attachment: LoadedModelAttachment, rows: Rows) -> Patch:
+# What runs once a step is not in the processor's caches then, so there is little of it.
+
+
+def _count_steps(
+    runner: Any, attachment: LoadedModelAttachment, rows: Rows, traffic: Traffic
+) -> Patch:
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         tokens = int(scheduler_output.total_num_scheduled_tokens)
-        if tokens == 0 or kwargs.get("dummy_run"):
+        if tokens == 0 or not traffic.is_on or kwargs.get("dummy_run"):
             return patch.call(self, scheduler_output, *args, **kwargs)
-        with _counting(attachment, lambda: rows.num_valid(tokens)):
+        _begin(attachment, rows.num_valid(tokens))
+        try:
             return patch.call(self, scheduler_output, *args, **kwargs)
+        finally:
+            _end(attachment)
 
     patch = Patch(runner, "execute_model", execute_model)
     return patch
 
 
-def _count_drafts(runner: Any, attachment: LoadedModelAttachment) -> Patch:
+def _count_drafts(runner: Any, attachment: LoadedModelAttachment, traffic: Traffic) -> Patch:
     """Draft models run while tokens are sampled. How many of their rows are padding is not known."""
 
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _counting(attachment, lambda: None):
+        if not traffic.is_on:
             return patch.call(self, *args, **kwargs)
+        _begin(attachment, None)
+        try:
+            return patch.call(self, *args, **kwargs)
+        finally:
+            _end(attachment)
 
     patch = Patch(runner, "sample_tokens", sample_tokens)
     return patch
 
 
-@contextlib.contextmanager
-def _counting(
-    attachment: LoadedModelAttachment, num_valid: Callable[[], int | None]
-) -> Iterator[None]:
-    """`attachment.counting()`, whose own errors the host does not see: one logs and ends recording."""
-    switch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+def _begin(attachment: LoadedModelAttachment, num_valid: int | None) -> None:
     try:
-        switch = attachment.counting(num_valid())
-        switch.__enter__()
+        attachment.count(num_valid)
     except Exception as error:  # telemetry never takes down its host
         _failed(attachment, error)
-        switch = contextlib.nullcontext()
+
+
+def _end(attachment: LoadedModelAttachment) -> None:
     try:
-        yield
-    finally:
-        try:
-            switch.__exit__(None, None, None)
-        except Exception as error:
-            _failed(attachment, error)
+        attachment.enabled = False
+    except Exception as error:  # telemetry never takes down its host
+        _failed(attachment, error)
 
 
 def _failed(attachment: LoadedModelAttachment, error: Exception) -> None:

@@ -23,7 +23,10 @@ WORKER = Symbol(
     ("worker",),
 )
 WORKER_BASE = Symbol(
-    "v1/worker/worker_base.py", "WorkerBase", (("load_model", ()),), ("vllm_config", "model_runner")
+    "v1/worker/worker_base.py",
+    "WorkerBase",
+    (("load_model", ()), ("compile_or_warm_up_model", ())),
+    ("vllm_config", "model_runner"),
 )
 RUNNER_1 = Symbol(
     "v1/worker/gpu_model_runner.py",

@@ -128,6 +128,20 @@ def test_dummy_runs_of_one_runner_call_the_model_and_of_the_other_say_what_they_
 
 
 @BOTH
+def test_a_worker_makes_up_steps_only_where_it_warms_up(release: str) -> None:
+    handing_on = {
+        name
+        for name, method in methods_of(
+            [class_in(tree_of(release, "v1/worker/gpu_worker.py"), "Worker")]
+        ).items()
+        for node in ast.walk(method)
+        if isinstance(node, ast.Call)
+        and "self.execute_model" in {ast.unparse(each) for each in node.args}
+    }
+    assert handing_on == {"compile_or_warm_up_model"}
+
+
+@BOTH
 @RUNNERS
 def test_the_model_runs_within_a_step_and_the_draft_model_while_sampling(
     release: str, runner: Symbol
