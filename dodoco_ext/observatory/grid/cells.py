@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dodoco_ext.errors import DodocoError
+from dodoco_ext.observatory.whole import write_whole
 
 SCHEMA = "dodoco.cell/1"
 Key = dict[str, Any]
@@ -90,19 +89,10 @@ def write(cell: Cell, path: Path) -> None:
         "facts": cell.facts,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez_compressed(
-                file, counts=cell.counts, losses=cell.losses, meta=np.array(json.dumps(meta))
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+    with write_whole(path) as partial, partial.open("wb") as file:
+        np.savez_compressed(
+            file, counts=cell.counts, losses=cell.losses, meta=np.array(json.dumps(meta))
+        )
 
 
 def read(path: Path) -> Cell:

@@ -127,7 +127,7 @@ def _received(worker: _Worker) -> Did | Done | Failed:
     assert worker.task is not None, "only busy workers are read"
     try:
         message: Did | Done | Failed = worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # between messages, or in the middle of one
         worker.process.join()
         return Failed(
             worker.task,

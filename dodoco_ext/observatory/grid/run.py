@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dodoco_ext.observatory.grid.pool import do_all
 from dodoco_ext.observatory.grid.results import GridCondition, GridModel, Numbers, to_json
 from dodoco_ext.observatory.grid.worker import Did, Done
 from dodoco_ext.observatory.models import display_name
+from dodoco_ext.observatory.whole import write_whole
 from dodoco_ext.observatory.zoo.shipped import PREFIX
 
 
@@ -130,13 +131,8 @@ def write(run: GridRun, folder: Path) -> list[Path]:
         OSError: It cannot be written.
     """
     path = folder / "grid.json"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with write_whole(path) as partial:
         partial.write_text(to_json(run.numbers, run.provenance), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
     return [path, *table.write(run.numbers, json.dumps(run.provenance), folder)]
 
 

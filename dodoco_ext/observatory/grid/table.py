@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dodoco_ext.observatory.grid.results import Figures, GridCell, Numbers
+from dodoco_ext.observatory.whole import write_whole
 
 ALL_LAYERS = -1
 """Layer of the rows that hold a cell's figures over all layers."""
@@ -66,13 +65,8 @@ def write(numbers: Numbers, provenance: str, folder: Path) -> list[Path]:
     found = pyarrow.Table.from_pylist(list(rows(numbers)))
     found = found.replace_schema_metadata({"dodoco.provenance": provenance})
     path = folder / "cells.parquet"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with write_whole(path) as partial:
         parquet.write_table(found, partial)
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
     return [path]
 
 

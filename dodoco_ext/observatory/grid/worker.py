@@ -138,7 +138,7 @@ def serve(connection: Connection, plan: Plan, folder: Path, num_ranks: int, thre
     while True:
         try:
             task: Task = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # a parent that ends with messages unread resets it
             return
         try:
             message: Message = work.do(task, connection)

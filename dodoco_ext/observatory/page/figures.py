@@ -15,6 +15,7 @@ from dodoco_ext.observatory.ep_results import FIXED_GLOBAL, FIXED_PER_RANK
 from dodoco_ext.observatory.page.heat import scale
 from dodoco_ext.observatory.page.view import View, interval, number
 from dodoco_ext.observatory.published import MOCK_OVER_REAL, MODELS, SOURCE
+from dodoco_ext.observatory.whole import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,8 @@ def write_figures(view: View, folder: Path) -> list[Path]:
                 continue
             for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
                 path = folder / f"{name}.{ending}"
-                figure.savefig(path, dpi=160, metadata=metadata)
+                with write_whole(path) as partial:
+                    figure.savefig(partial, format=ending, dpi=160, metadata=metadata)
                 paths.append(path)
     return paths
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dodoco_ext.observatory.page.tables import Table, tables
 from dodoco_ext.observatory.page.view import View
+from dodoco_ext.observatory.whole import write_whole
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -60,6 +61,7 @@ def write_tables(view: View, folder: Path) -> list[Path]:
     paths = []
     for table in tables(view):
         path = folder / f"{table.name}.tex"
-        path.write_text(latex(table, view.digest), encoding="utf-8")
+        with write_whole(path) as partial:
+            partial.write_text(latex(table, view.digest), encoding="utf-8")
         paths.append(path)
     return paths

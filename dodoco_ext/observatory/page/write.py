@@ -10,12 +10,13 @@ from dodoco_ext.observatory.page.figures import write_figures
 from dodoco_ext.observatory.page.latex import write_tables
 from dodoco_ext.observatory.page.render import render
 from dodoco_ext.observatory.page.view import View
+from dodoco_ext.observatory.whole import write_whole
 
 FORMATS = ("html", "figures", "latex")
 
 
 def write_page(results: Path, out: Path | None = None, only: Sequence[str] = FORMATS) -> list[Path]:
-    """Writes `report.html`, `figures/*.png`, `figures/*.svg` and `tables/*.tex`.
+    """Writes `report.html`, `figures/*.png`, `figures/*.svg` and `tables/*.tex`, each whole or not at all.
 
     Args:
         results: Folder with `grid.json`.
@@ -35,7 +36,8 @@ def write_page(results: Path, out: Path | None = None, only: Sequence[str] = FOR
         folder.mkdir(parents=True, exist_ok=True)
         if "html" in only:
             paths.append(folder / "report.html")
-            paths[0].write_text(render(view), encoding="utf-8")
+            with write_whole(paths[0]) as partial:
+                partial.write_text(render(view), encoding="utf-8")
         if "figures" in only:
             paths += write_figures(view, folder / "figures")
         if "latex" in only:
