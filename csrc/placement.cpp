@@ -79,7 +79,7 @@ std::int64_t PlacementWriter::record(const std::vector<LayerPlacement>& layers,
     counts_of(each.layer, counts.data());
     write(each, version, now_ns, latest, counts);
   }
-  store_word(&header_->recorded, recorded + 1);
+  publish_word(&header_->recorded, recorded + 1);
   return version;
 }
 
@@ -111,7 +111,7 @@ void PlacementWriter::write(const LayerPlacement& placement, std::uint32_t versi
   }
   for (std::uint64_t i = 0; i < placement.slots.size(); ++i)
     put(kPlacementCounts + 2 * num_experts + i, placement.slots[i]);
-  store_word(&head_of->head, head + 1);
+  publish_word(&head_of->head, head + 1);
 }
 
 void PlacementWriter::close() {

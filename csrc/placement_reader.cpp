@@ -8,6 +8,7 @@
 #include "placement.h"
 #include "recording_reader.h"
 #include "ring.h"
+#include "words.h"
 
 namespace dodoco {
 namespace {
@@ -63,7 +64,7 @@ std::uint64_t RecordingReader::placements_recorded() const {
   if (placement_.kept == 0) return 0;
   std::uint64_t recorded;
   copy(placement_offset_ + offsetof(PlacementHeader, recorded), sizeof(recorded), &recorded);
-  return recorded;
+  return load_published(&recorded);  // heads that are read from now on are at least as new
 }
 
 PlacementRead RecordingReader::read_placements(std::uint32_t layer) const {
@@ -90,6 +91,7 @@ PlacementRead RecordingReader::read_placements(std::uint32_t layer) const {
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     std::uint64_t head, head_after;
     copy(block, sizeof(head), &head);
+    head = load_published(&head);
     const std::uint64_t least = head - std::min(head, placement_.kept);
     bool latest = false;
     result = {{}, least};

@@ -156,6 +156,31 @@ def test_received_assignments_follow_the_placement(grouped: bool) -> None:
     assert changes == {"0": 2, "1": 2}
 
 
+@pytest.mark.parametrize("read", ["snapshot", "placements"])
+def test_passes_counted_while_it_looks_are_not_those_of_the_placement_before(
+    read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, state = Served(layers=1, placements=PlacementSpec(8, 2), world_size=2), State()
+    twin = Served(1, layers=1, placements=PlacementSpec(8, 2), world_size=2)
+    for rank in (made, twin):
+        rank.recorder.record_placement({0: RUNS}, 2)
+    received = {"0": 1.0, "1": 1.0}
+    made.route(0, [[0, 7]])
+    assert scraped(state).by("rank", "received_assignments_total") == received
+    real, late = getattr(dodoco.Reader, read), [made]
+
+    def reads(reader: dodoco.Reader, *known: object) -> object:
+        if late and reader.path == made.path:
+            late.pop().recorder.record_placement({0: TURNED}, 2)
+            made.route(0, [[0, 1]])
+        return real(reader, *known)
+
+    monkeypatch.setattr(dodoco.Reader, read, reads)
+    scraped(state)
+    assert not late, "the map changed in the middle of a look"
+    assert scraped(state).by("rank", "received_assignments_total") == {"0": 1, "1": 3}
+
+
 def test_what_lies_under_placements_that_are_gone_is_left_out() -> None:
     made = Served(layers=1, placements=PlacementSpec(8, 2), world_size=1)
     for slots in (RUNS, TURNED, RUNS):

@@ -6,6 +6,7 @@ import pytest
 
 from dodoco_ext.cost_of_imbalance import cost_of
 from dodoco_ext.placement_spec import PlacementSpec
+from dodoco_ext.recording import Reader
 from dodoco_ext.views.top.frame import Frame
 from dodoco_ext.views.top.session import Session
 from dodoco_ext.views.top.text import detail_lines
@@ -72,6 +73,28 @@ def test_loads_are_those_of_the_placement_they_were_counted_under() -> None:
     )
     job.session.whole_run = True
     assert job.look().rows[0].loads.tolist() == [[5, 4]]
+
+
+@pytest.mark.parametrize("read", ["snapshot", "placements"])
+def test_passes_counted_during_a_look_are_not_those_of_the_placement_before(
+    read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job()
+    job.place(RUNS)
+    job.look()
+    job.route(0)
+    real, late = getattr(Reader, read), [TURNED]
+
+    def reads(reader: Reader, *known: object) -> object:
+        if late:
+            job.place(late.pop())
+            job.route(0, 0)
+        return real(reader, *known)
+
+    monkeypatch.setattr(Reader, read, reads)
+    job.look()
+    assert not late, "the map changed in the middle of a look"
+    assert job.look().rows[0].loads.tolist() == [[1, 2]]
 
 
 def test_replicas_share_evenly() -> None:

@@ -255,8 +255,8 @@ MUTANTS = [
     Mutant(
         "forgets that a placement was recorded",
         "placement.cpp",
-        "store_word(&header_->recorded, recorded + 1);",
-        "store_word(&header_->recorded, recorded);",
+        "publish_word(&header_->recorded, recorded + 1);",
+        "publish_word(&header_->recorded, recorded);",
         rebuild="placement.cpp",
     ),
     Mutant(

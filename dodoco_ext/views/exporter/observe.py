@@ -218,6 +218,8 @@ def _observed(identity: Identity, reader: Reader, state: str, before: Observed |
     told = {part["name"] for part in uncovered_of(reader)}
     versions = meta.get("versions")
     version = versions.get("dodoco-ext", "") if isinstance(versions, dict) else ""
+    # The counts first: the passes between two reads lay under placements that are then known.
+    snapshot = reader.snapshot()
     placements = reader.placements(before.placements if before else None)
     ends = tuple(max(end - _LOOK_BACK, 0) for end in reader.cursor())
     records = reader.read(ends)[0]
@@ -235,7 +237,7 @@ def _observed(identity: Identity, reader: Reader, state: str, before: Observed |
         created_ns=int(header["created_unix_ns"]),
         last_ns=reader.last_ns(),
         layers=layer_labels(reader),
-        snapshot=reader.snapshot(),
+        snapshot=snapshot,
         traffic=reader.traffic(),
         map_version=map_version,
         placements=placements,

@@ -112,13 +112,16 @@ class Watch:
         """
         now = time.monotonic() if now_s is None else now_s
         first = self._last_s is None
+        # The counts first: the passes between two reads lay under placements that are then known.
+        read = {rank: self._read(rank, reader) for rank, reader in self.fleet.ranks.items()}
         if self._look_up_placements():
             self._place_experts()
             self._forget_other_shapes()
         tally = self._empty()
         tally.seconds = now - self._last_s if self._last_s is not None else 0.0
-        for rank, reader in self.fleet.ranks.items():
-            self._read(rank, reader, tally, first=first)
+        for rank, found in read.items():
+            if found is not None:
+                self._count(rank, *found, tally, first=first)
         for loads in self._dispatches.look(self.fleet):
             layer = self.fleet.layers[loads.layer]
             sums = loads.rows.sum(axis=0, dtype=np.uint64)
@@ -212,14 +215,26 @@ class Watch:
     def _empty(self) -> Tally:
         return Tally.empty(self.placing.num_blocks, len(self.fleet.layers), self.num_experts)
 
-    def _read(self, rank: int, reader: Reader, tally: Tally, *, first: bool) -> None:
+    def _read(self, rank: int, reader: Reader) -> tuple[Counters, NDArray[np.void]] | None:
         try:
             counters = Counters.of(reader.snapshot())
             records, self._cursors[reader.uuid], _ = reader.read(self._cursors.get(reader.uuid))
         except RecordingError as error:
             self.failed[rank] = error.state
-            return
+            return None
         self.failed.pop(rank, None)
+        return counters, records
+
+    def _count(
+        self,
+        rank: int,
+        counters: Counters,
+        records: NDArray[np.void],
+        tally: Tally,
+        *,
+        first: bool,
+    ) -> None:
+        reader = self.fleet.ranks[rank]
         before = self._counters.get(reader.uuid)
         self._counters[reader.uuid] = counters
         # One that was not there at the last look has begun since, as a restarted rank's.
