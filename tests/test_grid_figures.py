@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dodoco_ext import metrics, nulls
 from dodoco_ext.errors import InputError
+from dodoco_ext.observatory.conditions import GRID
 from dodoco_ext.observatory.grid.batch_arms import deal
 from dodoco_ext.observatory.grid.batch_scan import batch_scan, batch_sizes
 from dodoco_ext.observatory.grid.batch_slopes import slope_of
 from dodoco_ext.observatory.grid.cells import Cell
 from dodoco_ext.observatory.grid.figures import analyse
 from dodoco_ext.observatory.grid.passes import passes_of, stream
+from dodoco_ext.observatory.zoo.species import SPECIES
 from dodoco_ext.sampling import inclusion_probabilities
 from grid_cases import DRAWS, EXPERTS, LAYERS, SEQUENCES, TOKENS, TOP_K, cell, planted
 
@@ -171,3 +175,11 @@ def test_a_cell_of_layers_with_other_top_k_uses_each_ones_null() -> None:
     assert layers[0].experts.corrected_gini == 0
     assert layers[1].experts.corrected_gini == pytest.approx(0.75)
     assert layers[1].experts.null_gini < layers[0].experts.null_gini
+
+
+def test_the_grid_is_five_models_by_six_conditions_at_equal_tokens() -> None:
+    assert (len(SPECIES), len(GRID)) == (5, 6)
+    stored = Path(__file__).parents[1] / "benchmarks" / "results" / "observatory_grid.json"
+    cells = json.loads(stored.read_text())["cells"]
+    assert len({(cell["model"], cell["condition"]) for cell in cells}) == len(cells) == 30
+    assert len({cell["num_tokens"] for cell in cells}) == 1
