@@ -10,6 +10,7 @@ import platform
 import secrets
 import shutil
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike
 from dodoco_ext import _C, __version__
 from dodoco_ext.device import FORMS, MAX_EXPERTS, Device
 from dodoco_ext.errors import InputError, RecordingError
-from dodoco_ext.folders import distrust
+from dodoco_ext.folders import prepare_directory
 from dodoco_ext.lane_places import lanes_of, names_of
 from dodoco_ext.placement_spec import PlacementSpec, check_room, packed_slots
 from dodoco_ext.pruning import prune
@@ -143,6 +144,8 @@ class Recorder:
         self._writer, self.path = self._create(metadata, len(places))
         self.lanes = tuple(self._writer.lane(i) for i, at in enumerate(places) if at == "cpu")
         self._sites: list[object] = []
+        self._owner = os.getpid()
+        self._placing = threading.Lock()
         self.devices: dict[str, Device] = {}
         self.refused: dict[str, str] = {}
         self._finalizer = weakref.finalize(self, _close, self._writer, self.devices)
@@ -265,12 +268,15 @@ class Recorder:
             (layer, num_ranks, packed_slots(layer, s, num_ranks, ranks))
             for layer, s in layers.items()
         ]
-        try:
-            version = self._writer.record_placement(packed)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        if version > 0:
-            self.set("map_version", version & 0xFFFFFFFF)
+        if self._owner != os.getpid():  # a forked child, in which nobody may hold the lock
+            return -1
+        with self._placing:  # the version that lanes are given last is the latest
+            try:
+                version = self._writer.record_placement(packed)
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            if version > 0:
+                self.set("map_version", version & 0xFFFFFFFF)
         return version
 
     @property
@@ -381,22 +387,3 @@ def _close(writer: _C.RecordingWriter, devices: dict[str, Device]) -> None:
     for device in devices.values():
         device.close()
     writer.close()
-
-
-def prepare_directory(directory: Path, *, shared: bool) -> None:
-    """Creates the folder, or checks that the one there can be trusted.
-
-    Args:
-        directory: The folder of the recordings.
-        shared: Chosen by `DODOCO_DIR`: readable by its group (2750). Otherwise private (0700).
-
-    Raises:
-        RecordingError: The folder is a link, belongs to somebody else, or others may write to it.
-    """
-    if not os.path.lexists(directory):
-        # Two processes that start together: whoever comes second finds it made, and checks it.
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(parents=shared, mode=0o700)
-            directory.chmod(0o2750 if shared else 0o700)  # whatever the umask took away or added
-    if problem := distrust(directory, shared=shared):
-        raise RecordingError(problem)

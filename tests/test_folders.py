@@ -18,9 +18,9 @@ import pytest
 
 import cases
 import dodoco_ext as dodoco
-from dodoco_ext import _C, recorder, settings
+from dodoco_ext import _C, folders, settings
 from dodoco_ext.errors import RecordingError
-from dodoco_ext.recorder import LayerSpec, Recorder
+from dodoco_ext.recorder import LayerSpec, Recorder, Uncovered
 from dodoco_ext.recording import Reader
 from dodoco_ext.settings import SUFFIX, Settings
 from namespaces import ENVIRONMENT, inside, needs_root, python
@@ -93,7 +93,7 @@ def test_a_private_folder_that_is_not_ours_alone_is_not_used(
     assert str(private) in caplog.text
     each.close()
     with pytest.raises(RecordingError, match="remove it, or set DODOCO_DIR"):
-        recorder.prepare_directory(private, shared=False)
+        folders.prepare_directory(private, shared=False)
 
 
 def test_where_no_folder_will_do_the_reasons_are_one_line(private: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_metadata_says_who_wrote_it() -> None:
-    uncovered = [recorder.Uncovered("x", "why")]
+    uncovered = [Uncovered("x", "why")]
     each = Recorder([LayerSpec("a", 4, 2)], uncovered=uncovered, labels={"model_name": "m"})
     metadata = Reader(each.path).metadata
     assert metadata["layers"] == [{"name": "a", "num_experts": 4, "top_k": 2}]

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -151,6 +152,45 @@ def test_after_the_end_nothing_is_recorded() -> None:
     made.recorder.close()
     assert made.recorder.record_placement({0: [0, 1, 2, 3]}, 1) == -1
     assert made.placements().recorded == 1
+
+
+def test_of_threads_that_place_experts_the_last_version_is_the_one_in_force(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, real = Placed(), Recorder.set
+    made.recorder.record_placement({0: [0, 1, 2, 3]}, 1)
+    second = threading.Thread(
+        target=made.recorder.record_placement, args=({0: [3, 2, 1, 0]}, 1), daemon=True
+    )
+
+    def late(recorder: Recorder, name: str, value: int) -> None:
+        if value == 1:  # the other thread begins, and must wait for its turn
+            second.start()
+            second.join(0.3)
+        real(recorder, name, value)
+
+    monkeypatch.setattr(Recorder, "set", late)
+    made.recorder.record_placement({0: [1, 0, 2, 3]}, 1)
+    second.join(30)
+    assert made.placements().changes == made.recorder.get("map_version") == 2
+
+
+def test_a_child_forked_while_a_thread_places_experts_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, ended = Placed(), []
+    made.recorder.record_placement({0: [0, 1, 2, 3]}, 1)
+
+    def forks(*_: object) -> None:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(10)  # a child that waits is ended by it
+            os._exit(made.recorder.record_placement({0: [3, 2, 1, 0]}, 1) + 1)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+    monkeypatch.setattr(Recorder, "set", forks)  # called under the lock
+    made.recorder.record_placement({0: [1, 0, 2, 3]}, 1)
+    assert ended == [0]
 
 
 def test_a_forked_child_records_nothing() -> None:

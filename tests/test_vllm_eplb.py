@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -87,9 +87,15 @@ class Attached:
     """What the plugin hands over: the recorded layers and the recorder."""
 
     def __init__(
-        self, model: torch.nn.Module, room: PlacementSpec | None, layers: int = LAYERS
+        self,
+        model: torch.nn.Module,
+        room: PlacementSpec | None,
+        layers: int = LAYERS,
+        unrouted: Collection[int] = (),
     ) -> None:
-        self.layers = tuple(LayerSpec(f"layers.{i}", EXPERTS, 2) for i in range(layers))
+        self.layers = tuple(
+            LayerSpec(f"layers.{i}", EXPERTS, 2, routed=i not in unrouted) for i in range(layers)
+        )
         self.recorder = Recorder(self.layers, placements=room)
         self.undo = watch(model, self)
         _open.append(self)
@@ -175,6 +181,24 @@ def test_layers_that_are_not_recorded_are_left_out(eplb_state: Any) -> None:
     eplb_state._commit_eplb_maps(made.state, maps(*[[3, 2, 1, 0, 3, 2]] * LAYERS))
     assert len(made.placements.layers) == 2
     assert made.experts(1)[-1] == [3, 2, 1, 0, 3, 2]
+
+
+def test_layers_whose_router_is_not_observed_are_left_out(eplb_state: Any) -> None:
+    made = Attached(Model(), placement_spec(Model()), unrouted=(1,))
+    eplb_state._commit_eplb_maps(made.state, maps(*[[3, 2, 1, 0, 3, 2]] * LAYERS))
+    assert made.experts(0) == made.experts(2) == [FIRST, [3, 2, 1, 0, 3, 2]]
+    assert made.experts(1) == []
+
+
+def test_where_no_balanced_layer_is_observed_nothing_is_touched(
+    eplb_state: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = dict(vars(eplb_state))
+    made = Attached(Model(), placement_spec(Model()), unrouted=range(LAYERS))
+    assert vars(eplb_state) == before
+    assert made.placements.recorded == 0
+    assert Reader(made.recorder.path).header["num_faults"] == 0
+    assert not caplog.records
 
 
 def test_undone_in_any_order_vllm_is_as_it_was(eplb_state: Any) -> None:

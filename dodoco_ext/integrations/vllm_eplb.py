@@ -111,7 +111,7 @@ class _Watch:
         if recorder.placements is None:
             log.warning("the recording has no room for placements: vLLM's are not recorded")
             return False
-        numbers = {layer.name: index for index, layer in enumerate(self._attachment.layers)}
+        numbers = {x.name: i for i, x in enumerate(self._attachment.layers) if x.routed}
         slots, local = {}, set()
         for name, layer, state in layers:
             if name not in numbers:
@@ -120,6 +120,8 @@ class _Watch:
             num_slots = int(layer.moe_config.num_experts)
             slots[numbers[name]] = _slots_of(state.logical_to_physical_map, num_slots)
             local.add(int(layer.moe_config.num_local_experts))
+        if not slots:
+            return False
         if len(local) != 1:
             raise ValueError(f"layers have {sorted(local)} experts a rank")
         self._record(slots, local.pop())

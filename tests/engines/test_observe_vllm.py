@@ -23,7 +23,7 @@ from dodoco_ext.observatory.models import load_model, quiet
 from dodoco_ext.observatory.threads import one_thread
 from dodoco_ext.observatory.zoo import shipped
 from dodoco_ext.observatory.zoo.species import NUM_MOE_LAYERS, SPECIES, TOP_K, build
-from test_zoo_deepseek_vllm import vllm_python
+from vllm_sources import vllm_python
 
 pytestmark = pytest.mark.engine
 

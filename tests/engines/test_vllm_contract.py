@@ -6,11 +6,6 @@ One release is installed here, another is read from its wheel: it is built for G
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import zipfile
-from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -18,8 +13,8 @@ from contracts import attributes_of, calls_in, class_in, line_in, methods_of
 from dodoco_ext.integrations import vllm_symbols as symbols
 from dodoco_ext.integrations.symbols import Symbol
 from dodoco_ext.integrations.vllm_symbols import SYMBOLS
-from dodoco_ext.vllm_versions import CHECKED, EXECUTED
-from vllm_server import vllm_python
+from dodoco_ext.vllm_versions import CHECKED
+from vllm_sources import tree_of
 
 pytestmark = pytest.mark.engine
 
@@ -31,25 +26,6 @@ PAIRS = [
     for symbol in SYMBOLS
 ]
 CPU_RUNNER = "v1/worker/cpu_model_runner.py"
-
-
-@cache
-def installed() -> Path:
-    code = "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
-    found = subprocess.check_output([vllm_python(), "-P", "-c", code], text=True, timeout=60)
-    return Path(found.strip().splitlines()[-1])
-
-
-@cache
-def tree_of(release: str, file: str) -> ast.Module:
-    if release == EXECUTED:
-        return ast.parse((installed() / file).read_text())
-    home = os.environ.get("VLLM_WHEELS", "")
-    found = sorted(Path(home).glob(f"vllm-{release}-*.whl")) if home else []
-    if not found:
-        pytest.skip(f"no wheel of vllm {release} in VLLM_WHEELS: run make engines online")
-    with zipfile.ZipFile(found[0]) as wheel:
-        return ast.parse(wheel.read(f"vllm/{file}"))
 
 
 def methods(release: str, symbol: Symbol) -> dict[str, ast.FunctionDef]:

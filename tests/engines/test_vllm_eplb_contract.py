@@ -6,14 +6,13 @@ import ast
 import json
 import os
 import subprocess
-import zipfile
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 import dodoco_ext
-from test_zoo_deepseek_vllm import vllm_python
+from dodoco_ext.vllm_versions import CHECKED
+from vllm_sources import source_of, tree_of, vllm_python
 
 pytestmark = pytest.mark.engine
 
@@ -36,28 +35,7 @@ FIELDS = {
 }
 
 
-@cache
-def source_of(release: str, file: str) -> str:
-    """A file of vLLM: of the one that is installed, or out of a wheel in `VLLM_WHEELS`."""
-    if release == "installed":
-        code = (
-            "import importlib.util as u; print(u.find_spec('vllm').submodule_search_locations[0])"
-        )
-        found = subprocess.check_output([vllm_python(), "-c", code], text=True, timeout=60)
-        return (Path(found.strip()) / file).read_text()
-    home = os.environ.get("VLLM_WHEELS", "")
-    wheels = sorted(Path(home).glob(f"vllm-{release}-*.whl")) if home else []
-    if not wheels:
-        pytest.skip(f"no wheel of vllm {release} in VLLM_WHEELS")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return wheel.read(f"vllm/{file}").decode()
-
-
-def tree_of(release: str, file: str) -> ast.Module:
-    return ast.parse(source_of(release, file))
-
-
-@pytest.fixture(params=["installed", "0.33.0"])
+@pytest.fixture(params=CHECKED)
 def release(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -73,17 +51,49 @@ def test_the_functions_that_commit_maps_take_what_is_handed_on(release: str) -> 
 def test_only_what_is_known_writes_a_layers_map(release: str) -> None:
     """A third place that changed `physical_to_logical_map` would change it without being recorded."""
     tree = tree_of(release, "distributed/eplb/eplb_state.py")
-    writers = set()
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
-            copies = [c.func for c in calls if isinstance(c.func, ast.Attribute)]
-            if any(c.attr == "copy_" for c in copies) and "physical_to_logical" in ast.dump(
-                function
-            ):
-                writers.add(function.name)
-    # update_mapping(): of a rank that joins; a rearrangement follows. step(): the window of loads.
-    assert writers - set(FUNCTIONS) <= {"update_mapping", "step"}
+    writers = {
+        function.name
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and writes_a_map(function)
+    }
+    # Where ranks join or leave; a rearrangement follows.
+    scaling = {"update_mapping", "reconfigure_physical_expert_slots"}
+    # They change the window of loads in place, and the maps that follow from this one.
+    others = {"rearrange", "compute_logical_maps"}
+    assert writers == {*FUNCTIONS, *scaling, *others}
+
+
+@pytest.mark.parametrize(
+    ("line", "writes"),
+    [
+        ("state.physical_to_logical_map = new", True),
+        ("other, state.physical_to_logical_map[layer] = new", True),
+        ("state.physical_to_logical_map_buffer[:, slots] += new", True),
+        ("state.physical_to_logical_map.fill_(-1)", True),
+        ("old = state.physical_to_logical_map[layer]", False),
+        ("window.copy_(new)", False),
+    ],
+)
+def test_a_writer_of_a_map_is_recognised(line: str, writes: bool) -> None:
+    assert writes_a_map(ast.parse(line)) == writes
+
+
+def writes_a_map(function: ast.AST) -> bool:
+    """Whether a map is set, or it is named where any tensor is changed in place."""
+    nodes = list(ast.walk(function))
+    targets = [t for n in nodes if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in nodes if isinstance(n, ast.AugAssign | ast.AnnAssign)]
+    flat = [each for t in targets for each in ast.walk(t)]
+    if any(
+        isinstance(t, ast.Attribute | ast.Subscript)
+        and isinstance(t.ctx, ast.Store)
+        and "physical_to_logical" in ast.unparse(t)
+        for t in flat
+    ):
+        return True
+    called = [n.func for n in nodes if isinstance(n, ast.Call)]
+    in_place = [c for c in called if isinstance(c, ast.Attribute) and c.attr.endswith("_")]
+    return bool(in_place) and "physical_to_logical" in ast.dump(function)
 
 
 def test_the_rule_that_chooses_a_replica_is_the_documented_one(release: str) -> None:

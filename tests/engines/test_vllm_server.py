@@ -19,7 +19,8 @@ from dodoco_ext.counters import Snapshot
 from dodoco_ext.recording import Reader
 from shown import show_json
 from vllm_models import LAYERS, SHAPES, TOP_K, build
-from vllm_server import NAME, Server, add_plugin, passed, serving, site_of, vllm_python
+from vllm_server import NAME, Server, add_plugin, passed, serving, site_of
+from vllm_sources import vllm_python
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -5,11 +5,9 @@ vLLM may live in an environment of its own: `VLLM_PYTHON` names that environment
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +19,12 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from dodoco_ext.observatory.zoo import deepseek
+from vllm_sources import vllm_python
 
 pytestmark = pytest.mark.engine
 
 PROMPTS, LENGTH, TOP_K = 3, 24, 4
 FIRST_MOE, LAYERS = 1, 3
-
-
-def vllm_python() -> str:
-    """The interpreter that has vLLM."""
-    if python := os.environ.get("VLLM_PYTHON"):
-        return python
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: set VLLM_PYTHON to the interpreter that has it")
-    return sys.executable
 
 
 def small_model(norm_topk_prob: bool) -> Any:

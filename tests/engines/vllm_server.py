@@ -7,13 +7,11 @@ package is put on its path as it is installed here, with the metadata that make 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +25,7 @@ import dodoco_ext
 from dodoco_ext.counters import Snapshot
 from dodoco_ext.recording import Reader
 from dodoco_ext.settings import SUFFIX
+from vllm_sources import vllm_python
 
 NAME = "tiny"
 START_S = 240.0
@@ -41,15 +40,6 @@ QUIET = {
     "OMP_NUM_THREADS": "1",
     "PYTHONSAFEPATH": "1",
 }
-
-
-def vllm_python() -> str:
-    """The interpreter that has vLLM."""
-    if python := os.environ.get("VLLM_PYTHON"):
-        return python
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed here: set VLLM_PYTHON to the interpreter that has it")
-    return sys.executable
 
 
 def site_of(folder: Path) -> Path:
