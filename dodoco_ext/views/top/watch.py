@@ -20,6 +20,8 @@ from dodoco_ext.views.top.dispatches import Dispatches
 from dodoco_ext.views.top.placing import Placing
 from dodoco_ext.views.top.tally import Counters, Tally
 
+Records = NDArray[np.void]
+
 POINTS = 60
 """Parts of the window that are told apart, in sparklines and when it moves on."""
 
@@ -58,7 +60,7 @@ class Watch:
         self.alone = alone
         self.parts: deque[Tally] = deque()
         self.failed: dict[int, str] = {}
-        self.tail: deque[tuple[int, NDArray[np.void]]] = deque()
+        self.tail: deque[tuple[int, Records]] = deque()
         self._counters: dict[str, Counters] = {}
         self._cursors: dict[str, Cursor] = {}
         self._placements: dict[str, Placements | None] = {}
@@ -74,9 +76,7 @@ class Watch:
         self._look_up_placements()
         self._place_experts()
         self.num_experts = max(layer.num_experts for layer in fleet.layers)
-        gone = [rank for rank in self.failed if rank not in fleet.ranks]
-        for rank in gone:
-            del self.failed[rank]
+        self.failed = {rank: why for rank, why in self.failed.items() if rank in fleet.ranks}
         self._forget_other_shapes()
 
     def _place_experts(self) -> None:
@@ -121,7 +121,7 @@ class Watch:
         tally.seconds = now - self._last_s if self._last_s is not None else 0.0
         for rank, found in read.items():
             if found is not None:
-                self._count(rank, *found, tally, first=first)
+                self._count(rank, *found, tally)
         for loads in self._dispatches.look(self.fleet):
             layer = self.fleet.layers[loads.layer]
             sums = loads.rows.sum(axis=0, dtype=np.uint64)
@@ -215,7 +215,7 @@ class Watch:
     def _empty(self) -> Tally:
         return Tally.empty(self.placing.num_blocks, len(self.fleet.layers), self.num_experts)
 
-    def _read(self, rank: int, reader: Reader) -> tuple[Counters, NDArray[np.void]] | None:
+    def _read(self, rank: int, reader: Reader) -> tuple[Counters, Records] | None:
         try:
             counters = Counters.of(reader.snapshot())
             records, self._cursors[reader.uuid], _ = reader.read(self._cursors.get(reader.uuid))
@@ -225,21 +225,13 @@ class Watch:
         self.failed.pop(rank, None)
         return counters, records
 
-    def _count(
-        self,
-        rank: int,
-        counters: Counters,
-        records: NDArray[np.void],
-        tally: Tally,
-        *,
-        first: bool,
-    ) -> None:
+    def _count(self, rank: int, counters: Counters, records: Records, tally: Tally) -> None:
         reader = self.fleet.ranks[rank]
         before = self._counters.get(reader.uuid)
         self._counters[reader.uuid] = counters
         # One that was not there at the last look has begun since, as a restarted rank's.
         grown = counters if before is None else counters.since(before)
-        if grown is not None and not first:
+        if grown is not None and self._last_s is not None:
             self._place(rank, grown, tally)
             self._receive(rank, reader, counters, before, tally)
         records = _forward(records, self.fleet.num_layers(rank))
@@ -270,22 +262,17 @@ class Watch:
             block = self.placing.blocks[place].get(rank, 0)
             tally.add_placed(block, place, received.loads)
 
-    def _cost_of_passes(self, rank: int, records: NDArray[np.void]) -> Cost:
+    def _cost_of_passes(self, rank: int, records: Records) -> Cost:
         cost = Cost()
         for own in range(self.fleet.num_layers(rank)):
             layer = self.fleet.layers[self.fleet.place_of(rank, own)]
             mine = records[records["layer"] == own]
             if len(mine):
-                cost += cost_of_peaks(
-                    mine["assignments"],
-                    mine["max_count"],
-                    layer.num_experts,
-                    layer.num_experts,
-                    layer.top_k,
-                )
+                sums, peaks, experts = mine["assignments"], mine["max_count"], layer.num_experts
+                cost += cost_of_peaks(sums, peaks, experts, experts, layer.top_k)
         return cost
 
-    def _remember(self, rank: int, records: NDArray[np.void]) -> None:
+    def _remember(self, rank: int, records: Records) -> None:
         placed = records[-TAIL:].copy()
         places = [self.fleet.place_of(rank, i) for i in range(self.fleet.num_layers(rank))]
         placed["layer"] = np.array(places, np.uint32)[placed["layer"]]
@@ -303,7 +290,7 @@ class Watch:
             self.parts.popleft()
 
 
-def _forward(records: NDArray[np.void], num_layers: int) -> NDArray[np.void]:
+def _forward(records: Records, num_layers: int) -> Records:
     """Forward passes with assignments, of layers that there are."""
     sound = (records["type"] == ROUTE) & (records["direction"] == 0) & ~records["recompute"]
     sound &= (records["layer"] < num_layers) & (records["assignments"] > 0)
