@@ -105,16 +105,21 @@ def test_dummy_runs_of_one_runner_call_the_model_and_of_the_other_say_what_they_
 
 @BOTH
 def test_a_worker_makes_up_steps_only_where_it_warms_up(release: str) -> None:
+    worker = methods_of([class_in(tree_of(release, "v1/worker/gpu_worker.py"), "Worker")])
     handing_on = {
         name
-        for name, method in methods_of(
-            [class_in(tree_of(release, "v1/worker/gpu_worker.py"), "Worker")]
-        ).items()
+        for name, method in worker.items()
         for node in ast.walk(method)
         if isinstance(node, ast.Call)
         and "self.execute_model" in {ast.unparse(each) for each in node.args}
     }
-    assert handing_on == {"compile_or_warm_up_model"}
+    # In 0.33 a method of that name with an underscore, which nothing else calls.
+    callers = {
+        name
+        for name, method in worker.items()
+        if {f"self.{each}" for each in handing_on} & set(calls_in(method))
+    }
+    assert (handing_on | callers) - {"_compile_or_warm_up_model"} == {"compile_or_warm_up_model"}
 
 
 @BOTH
