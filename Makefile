@@ -52,7 +52,7 @@ GRID_TESTS := tests/test_grid_run.py tests/test_grid_batches.py tests/test_plant
 grid: $(STAMPS)/package $(STAMPS)/dev ## the Observatory's command and page from end to end
 	$(BIN)/pytest -rs $(GRID_TESTS)
 
-observatory: $(STAMPS)/package $(STAMPS)/dev ## five models under six conditions, scanned over batch and EP sizes, into results/grid/ (about 5 minutes)
+observatory: $(STAMPS)/package $(STAMPS)/dev ## five models under six conditions, scanned over batch and EP sizes, into results/grid/ (about 2 minutes)
 	$(BIN)/dodoco observe --preset grid --out results/grid
 
 zoo: $(STAMPS)/package ## train the five small models anew into results/zoo/ (about 20 minutes)
