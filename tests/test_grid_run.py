@@ -55,14 +55,21 @@ def copied(finished: Path, to: Path) -> Path:
 
 
 def started(folder: Path, out: Path) -> subprocess.Popen[str]:
-    """The command in a session of its own, so that all of it can be signalled."""
-    return subprocess.Popen(
-        command(folder, out, "--jobs", "2"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    """The command in a session of its own, so that all of it can be signalled.
+
+    What a shell runs in the background ignores Ctrl-C, and so would all that it starts.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command(folder, out, "--jobs", "2"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_cells(out: Path, number: int) -> None:
