@@ -7,7 +7,6 @@ rank writes `rank-N.json`: its recording, and what it sent, layer by layer, by i
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -181,29 +180,10 @@ def main() -> int:
 
     import dodoco_ext.integrations.distributed  # noqa: F401 - imported once, for all ranks
     import moe_layer  # noqa: F401
+    from forked_ranks import run_ranks
 
     torch.set_num_threads(1)
-    children = []
-    for rank in range(job.ranks):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.environ["DODOCO_RANK"] = str(rank)
-                os.environ["DODOCO_WORLD_SIZE"] = str(job.ranks)
-                result = train(job, rank)
-                (Path(job.folder) / f"rank-{rank}.json").write_text(json.dumps(result))
-                status = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitpid(child, 0)[1] != 0 for child in children]
-    return int(any(failed))
+    return run_ranks(job.ranks, Path(job.folder), lambda rank: train(job, rank))
 
 
 if __name__ == "__main__":

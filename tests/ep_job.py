@@ -7,7 +7,6 @@ of a model of NUM_EXPERTS experts; rank r holds the sequences r, r + RANKS, ... 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,32 +69,14 @@ def dispatch(folder: Path, rank: int, ranks: int) -> str:
 
 def main() -> int:
     folder, ranks = Path(sys.argv[1]), int(sys.argv[2])
+    sys.path.insert(0, str(Path(__file__).parent))
     import torch
 
     import dodoco_ext.integrations.distributed  # noqa: F401 - imported once, for all ranks
+    from forked_ranks import run_ranks
 
     torch.set_num_threads(1)
-    children = []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.environ["DODOCO_RANK"] = str(rank)
-                os.environ["DODOCO_WORLD_SIZE"] = str(ranks)
-                path = dispatch(folder, rank, ranks)
-                (folder / f"rank-{rank}.json").write_text(json.dumps(path))
-                status = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitpid(child, 0)[1] != 0 for child in children]
-    return int(any(failed))
+    return run_ranks(ranks, folder, lambda rank: dispatch(folder, rank, ranks))
 
 
 if __name__ == "__main__":

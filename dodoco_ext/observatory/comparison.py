@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dodoco_ext.observatory.findings import verdict
 from dodoco_ext.observatory.result import Interval, Result
+from dodoco_ext.observatory.whole import write_whole
 
 _TEMPLATE = "templates/comparison.html.j2"
 
@@ -118,16 +119,16 @@ def write_comparison(results: Mapping[str, Result], out: Path) -> tuple[Path, Pa
     source = files("dodoco_ext.observatory").joinpath(_TEMPLATE).read_text("utf-8")
     first = next(iter(results.values()))
     page, numbers = out / "report.html", out / "results.json"
-    page.write_text(
-        environment.from_string(source).render(
-            rows=rows(results),
-            conditions=first.conditions,
-            first=first,
-            sentences=sentences(results),
-        ),
-        encoding="utf-8",
+    rendered = environment.from_string(source).render(
+        rows=rows(results),
+        conditions=first.conditions,
+        first=first,
+        sentences=sentences(results),
     )
-    numbers.write_text(to_json(results) + "\n", encoding="utf-8")
+    with write_whole(page) as partial:
+        partial.write_text(rendered, encoding="utf-8")
+    with write_whole(numbers) as partial:
+        partial.write_text(to_json(results) + "\n", encoding="utf-8")
     return page, numbers
 
 

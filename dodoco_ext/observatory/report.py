@@ -13,6 +13,7 @@ from dodoco_ext.errors import InputError
 from dodoco_ext.observatory import charts
 from dodoco_ext.observatory.findings import findings, limits, verdict
 from dodoco_ext.observatory.result import Interval, Result
+from dodoco_ext.observatory.whole import write_whole
 
 _TEMPLATE = "templates/report.html.j2"
 
@@ -46,8 +47,10 @@ def write_report(result: Result, out: Path) -> ReportPaths:
     out.mkdir(parents=True, exist_ok=True)
     paths = ReportPaths(out / "report.html", out / "report.png", out / "results.json")
     result.write_json(paths.json)
-    charts.write_png(result, paths.png)
-    paths.html.write_text(render_html(result), encoding="utf-8")
+    with write_whole(paths.png) as partial:
+        charts.write_png(result, partial)
+    with write_whole(paths.html) as partial:
+        partial.write_text(render_html(result), encoding="utf-8")
     return paths
 
 

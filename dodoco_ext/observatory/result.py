@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dodoco_ext.observatory.conditions import Kind
+from dodoco_ext.observatory.whole import write_whole
 
 Interval = tuple[float, float]
 
@@ -195,8 +196,9 @@ class Result:
         return json.dumps(plain(self), indent=1, allow_nan=False)
 
     def write_json(self, path: Path) -> None:
-        """Writes `to_json()` to a file."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes `to_json()` to a file, whole or not at all."""
+        with write_whole(path) as partial:
+            partial.write_text(self.to_json() + "\n", encoding="utf-8")
 
 
 def plain(value: Any) -> Any:
