@@ -307,14 +307,14 @@ build/vllm-wheels/.downloaded: $(TORCH_STAMP)
 
 # Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.
 # Its own dependencies are torch and numpy; the rest is TensorBoard, as far as torch's writer needs it.
-# The wheel of another release, for another Python, is only read (tests/engines/test_megatron_contract.py).
+# The wheels of other releases, for another Python, are only read (tests/engines/test_megatron_contract.py).
 MEGATRON ?= megatron-core==0.16.1
-MEGATRON_CHECKED ?= megatron-core==0.19.0
+MEGATRON_CHECKED ?= 0.17.1 0.18.2 0.19.0 0.19.2
 build/megatron/.installed: $(TORCH_STAMP) constraints.txt
 	@echo "installing $(MEGATRON) into build/megatron (once)"
 	@rm -rf build/megatron && mkdir -p build/megatron/wheels
 	@$(PIP) --no-deps --target build/megatron $(MEGATRON) tensorboard protobuf absl-py
 	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps -d build/megatron/wheels $(MEGATRON)
-	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: --python-version 3.12 \
-	  -d build/megatron/wheels $(MEGATRON_CHECKED)
+	@for release in $(MEGATRON_CHECKED); do $(BIN)/python -m pip --disable-pip-version-check download -q --no-deps \
+	  --only-binary :all: --python-version 3.12 -d build/megatron/wheels megatron-core==$$release || exit 1; done
 	@touch $@

@@ -1,8 +1,8 @@
 """AlltoAll time against imbalance, at equal bytes: uniform, Zipf and recorded traffic over gloo.
 
-`python benchmarks/dispatch_imbalance.py` prints the table in docs/alltoall.md. Every traffic is one matrix
-[R, R] of rows, scaled to the same total; all are sent in turn by the same processes. The recorded one
-is a dispatch of this repository's MoE layer, read from its recording.
+`python benchmarks/dispatch_imbalance.py` prints a table of docs/alltoall.md, with `--mbit 400` the other. Every
+traffic is one matrix [R, R] of rows, scaled to the same total; all are sent in turn by the same processes, and
+what arrives is looked at. The recorded one is a dispatch of this repository's MoE layer, read from its recording.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ import json
 import os
 import sys
 import tempfile
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from environment import describe
+from links import Links
 from numpy.typing import NDArray
 
 from dodoco_ext.capture import DISPATCH
@@ -57,23 +61,23 @@ def recorded(ranks: int) -> NDArray[np.float64]:
 
 
 def send(rank: int, matrices: dict[str, Matrix], hidden: int, rounds: int, meeting: str) -> Any:
-    import time
+    """Sends every traffic in turn; seconds of each call, slowest rank's.
 
+    Raises:
+        AssertionError: Something else arrived than what was sent.
+    """
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     ranks = len(next(iter(matrices.values())))
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    calls = {}
+    calls, expected = {}, {}
     for name, matrix in matrices.items():
         sent, received = matrix[rank].tolist(), matrix[:, rank].tolist()
-        calls[name] = (
-            torch.empty(sum(received), hidden),
-            torch.ones(sum(sent), hidden),
-            received,
-            sent,
-        )
+        rows = torch.full((sum(sent), hidden), float(rank))
+        calls[name] = (torch.empty(sum(received), hidden), rows, received, sent)
+        expected[name] = torch.arange(ranks).repeat_interleave(torch.tensor(received))
     seconds: dict[str, list[float]] = {name: [] for name in matrices}
     order = np.random.default_rng(0)  # the same in all ranks
     for turn in range(rounds + 2):
@@ -84,8 +88,45 @@ def send(rank: int, matrices: dict[str, Matrix], hidden: int, rounds: int, meeti
             dist.barrier()  # the slowest rank's time is everybody's
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - began)
+            assert bool((calls[name][0][:, 0] == expected[name]).all())
     dist.destroy_process_group()
     return seconds
+
+
+def run_ranks(
+    matrices: dict[str, Matrix], asked: argparse.Namespace, links: Links | None
+) -> dict[str, list[float]]:
+    """Forks the ranks; what rank 0 measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        children, gates = [], []
+        for rank in range(asked.ranks):
+            (is_apart, tell), (may_start, start) = os.pipe(), os.pipe()
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    if links:
+                        links.leave_host()
+                    os.write(tell, b".")
+                    os.read(may_start, 1)
+                    meeting = f"file://{folder}/meeting"
+                    seconds = send(rank, matrices, asked.hidden, asked.rounds, meeting)
+                    Path(folder, str(rank)).write_text(json.dumps(seconds))
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(status)
+            os.close(tell)
+            if os.read(is_apart, 1) and links:
+                links.connect(rank, child)
+            children.append(child)
+            gates.append(start)
+        for start in gates:
+            os.write(start, b".")
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        if any(statuses):
+            sys.exit("a rank failed")
+        return dict(json.loads(Path(folder, "0").read_text()))
 
 
 def main() -> int:
@@ -94,7 +135,16 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=16384, help="rows in each AlltoAll, all ranks")
     parser.add_argument("--hidden", type=int, default=512, help="float32 values in a row")
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument(
+        "--mbit",
+        type=float,
+        help="give each rank a link of so many Mbit/s in each direction (Linux, root)",
+    )
     asked = parser.parse_args()
+    links = None
+    if asked.mbit:
+        Links.enter()
+        links = Links(asked.mbit)
     weights = {
         "uniform": np.ones((asked.ranks, asked.ranks)),
         "Zipf 0.5": zipf(asked.ranks, 0.5),
@@ -103,39 +153,37 @@ def main() -> int:
         "recorded": recorded(asked.ranks),
     }
     matrices = {name: scaled(each, asked.rows) for name, each in weights.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(asked.ranks):
-            child = os.fork()
-            if child == 0:
-                seconds = send(
-                    rank, matrices, asked.hidden, asked.rounds, f"file://{folder}/meeting"
-                )
-                Path(folder, str(rank)).write_text(json.dumps(seconds))
-                os._exit(0)
-            children.append(child)
-        statuses = [os.waitpid(child, 0)[1] for child in children]
-        if any(statuses):
-            return 1
-        seconds = json.loads(Path(folder, "0").read_text())
-    uniform = np.array(seconds["uniform"])
-    bytes_ = asked.rows * asked.hidden * 4
-    print(f"{asked.ranks} ranks over gloo, {bytes_ / 2**20:.0f} MiB in each AlltoAll")
-    print("| traffic | received, max/mean | through one rank, MiB | ms | over uniform |")
-    print("| --- | --- | --- | --- | --- |")
+    assert {int(matrix.sum()) for matrix in matrices.values()} == {asked.rows}
+    seconds = run_ranks(matrices, asked, links)
+    row_bytes = asked.hidden * 4
+    where = f"links of {asked.mbit:g} Mbit/s" if asked.mbit else "the memory of one machine"
+    print(
+        f"{asked.ranks} ranks over gloo and {where}, {asked.rows * row_bytes / 2**20:.0f} MiB in each AlltoAll"
+    )
+    print(
+        "| traffic | received, max/mean | busiest link and direction, MiB | over uniform | ms | over uniform |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    busiest = {name: through_one_link(matrix) * row_bytes for name, matrix in matrices.items()}
     for name, matrix in matrices.items():
         received = matrix.sum(0)
-        apart = matrix - np.diag(np.diag(matrix))  # what a rank sends itself crosses no link
-        busiest = (apart.sum(0) + apart.sum(1)).max() * asked.hidden * 4 / 2**20
-        ratio = np.array(seconds[name]) / uniform
+        ratio = np.array(seconds[name]) / np.array(seconds["uniform"])
         low, high = bootstrap_interval(
             ratio, np.median, np.arange(len(ratio)) * 40 // len(ratio), num_resamples=500
         )
         print(
-            f"| {name} | {received.max() / received.mean():.2f} | {busiest:.1f} | "
-            f"{np.median(seconds[name]) * 1e3:.1f} | {np.median(ratio):.2f} [{low:.2f}, {high:.2f}] |"
+            f"| {name} | {received.max() / received.mean():.2f} | {busiest[name] / 2**20:.1f} | "
+            f"{busiest[name] / busiest['uniform']:.2f} | {np.median(seconds[name]) * 1e3:.1f} | "
+            f"{np.median(ratio):.2f} [{low:.2f}, {high:.2f}] |"
         )
+    print("\nMeasured on: " + ", ".join(f"{key} {value}" for key, value in describe().items()))
     return 0
+
+
+def through_one_link(matrix: Matrix) -> int:
+    """Rows through the busiest link in its busier direction; what a rank sends itself crosses none."""
+    apart = matrix - np.diag(np.diag(matrix))
+    return int(max(apart.sum(0).max(), apart.sum(1).max()))
 
 
 if __name__ == "__main__":

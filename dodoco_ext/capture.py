@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dodoco_ext import _C
@@ -32,6 +32,7 @@ _FAULTS = {  # of results
     -6: _C.Fault.DEVICE_ERROR,
 }
 _NOT_STAMPED = 0xFFFFFFFF
+_UNTIMED = _C.FLAG_UNTIMED
 
 
 class Transfer:
@@ -178,26 +179,57 @@ class Capture:
 
         `begin()` and `end()` in one call; arguments and result as there.
         """
+        end = self.under_way(
+            layer, op, send, receive, begin_ns,
+            backward=backward, recompute=recompute, iteration=iteration, experts=experts,
+            bytes_per_row=bytes_per_row, unit=unit,
+        )  # fmt: skip
+        return end(timed, end_ns)
+
+    def under_way(
+        self,
+        layer: int,
+        op: int,
+        send: RowCounts,
+        receive: RowCounts,
+        begin_ns: int,
+        *,
+        backward: bool = False,
+        recompute: bool = False,
+        iteration: int = -1,
+        experts: RowCounts | None = None,
+        bytes_per_row: int = 0,
+        unit: str = "assignment",
+    ) -> Callable[..., int]:
+        """The first half of `push()`, for the time in which the transfer runs.
+
+        Returns:
+            The second half, `end(timed, end_ns)`: by default the end is when it is called. It does as little as
+            can be, since it runs between the end of a transfer and whoever waits for that.
+        """
         if backward:
             op |= _C.FLAG_BACKWARD
         if recompute:
             op |= _C.FLAG_RECOMPUTE
         if unit != "assignment":
             op |= _FLAGS[unit]
-        if not timed:
-            op |= _C.FLAG_UNTIMED
-        try:
-            result: int = _push(
-                self._lane, op, layer, iteration, self._advances, begin_ns, end_ns,
-                bytes_per_row, send, receive, experts,
-            )  # fmt: skip
-        except Exception as error:  # telemetry never takes down its host
-            self._fault(_C.Fault.BAD_SHAPE, f"counts of a transfer: {error}")
-            return -1
-        if result < -1:
-            self._settle(result + 1)
-            return -1
-        return result
+        lane, advances = self._lane, self._advances
+
+        def end(timed: bool, end_ns: int | None = None) -> int:
+            try:
+                result: int = _push(
+                    lane, op if timed else op | _UNTIMED, layer, iteration, advances, begin_ns,
+                    _now() if end_ns is None else end_ns, bytes_per_row, send, receive, experts,
+                )  # fmt: skip
+            except Exception as error:  # telemetry never takes down its host
+                self._fault(_C.Fault.BAD_SHAPE, f"counts of a transfer: {error}")
+                return -1
+            if result < -1:
+                self._settle(result + 1)
+                return -1
+            return result
+
+        return end
 
     def _push(self, transfer: Transfer, kind: int, bytes_per_row: int, *counts: Any) -> int:
         end_ns = _now()

@@ -27,6 +27,9 @@ SIGNATURES = {
         "round_scale", "use_ue8m0", "async_finish", "return_recv_hook",
     ),
 }  # fmt: skip
+# How many things each returns, and which of them is the handle.
+RESULTS = {"get_dispatch_layout": 5, "dispatch": 6, "combine": 3, "low_latency_dispatch": 5}
+HANDLE_AT = {"dispatch": 4, "low_latency_dispatch": 2}
 # The same of 1.1.0 where it differs: no counters.
 OLD_LOW_LATENCY = (
     "x", "topk_idx", "num_max_dispatch_tokens_per_rank", "num_experts", "use_fp8", "async_finish",
@@ -41,6 +44,16 @@ DTYPES = {
 # Intranode: (rank_prefix_matrix [R, R], channel_prefix_matrix, recv_channel_prefix_matrix, recv_src_idx,
 # is_token_in_rank, send_head); internode: ten parts, the seventh recv_gbl_rank_prefix_sum [R].
 HANDLE_PARTS = {"intranode": 6, "internode": 10}
+
+
+class EventOverlap:
+    """What a call with async_finish=True returns, of deep_ep/utils.py."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+
+    def current_stream_wait(self) -> None:
+        self.waits += 1
 
 
 class Buffer:
@@ -62,24 +75,25 @@ class Buffer:
         previous_event: Any = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Any:  # fmt: skip
-        rows = x[0] if isinstance(x, tuple) else x
+        rows, event = x[0] if isinstance(x, tuple) else x, EventOverlap() if async_finish else None
         received = rows.new_zeros(int(self.matrix[:, self.rank].sum()), rows.shape[1])
         if handle is not None:
-            return received, None, None, None, None, None
+            return received, None, None, None, None, event
         prefix = self.matrix.cumsum(0).to(torch.int32)
         if self.internode:
             parts: list[Any] = [torch.zeros(1) for _ in range(10)]
             parts[6] = prefix[:, self.rank]
         else:
             parts = [prefix, *(torch.zeros(1) for _ in range(5))]
-        return received, None, None, [], tuple(parts), None
+        return received, None, None, [], tuple(parts), event
 
     def combine(
         self, x: Any, handle: Any, topk_weights: Any = None, bias: Any = None, config: Any = None,
         previous_event: Any = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> Any:  # fmt: skip
-        return x.new_zeros(int(self.matrix[self.rank].sum()), x.shape[1]), None, None
+        event = EventOverlap() if async_finish else None
+        return x.new_zeros(int(self.matrix[self.rank].sum()), x.shape[1]), None, event
 
     def low_latency_dispatch(
         self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int,

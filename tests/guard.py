@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,11 +77,12 @@ def _guarded(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def no_host_sync(*, allow: tuple[str, ...] = ()) -> Iterator[None]:
+def no_host_sync(*, allow: tuple[str, ...] = (), mode: bool = True) -> Iterator[None]:
     """Fails where code of the package fetches the value of a tensor.
 
     Args:
         allow: Methods of tensors that are in order: `numpy` of a host's tensor copies nothing.
+        mode: Whether operators are watched too. A capture takes another way where a mode is active.
     """
     patches = [
         patch.object(torch.Tensor, name, _guarded(name, getattr(torch.Tensor, name)))
@@ -91,7 +92,7 @@ def no_host_sync(*, allow: tuple[str, ...] = ()) -> Iterator[None]:
     for each in patches:
         each.start()
     try:
-        with _Mode():
+        with _Mode() if mode else nullcontext():
             yield
     finally:
         for each in patches:

@@ -21,7 +21,7 @@ from dodoco_ext.integrations import collectives
 from dodoco_ext.recorder import GroupSpec
 from dodoco_ext.transfers import COMBINE, DISPATCH
 from guard import HostSync, no_host_sync
-from moe_layer import AllToAll, MoELayer
+from moe_layer import STYLES, AllToAll, MoELayer
 from toy import ToyModel
 
 ROWS = torch.arange(12.0).view(6, 2)
@@ -402,9 +402,11 @@ class TestNoValueIsFetched:
         with no_host_sync():
             getattr(torch.ones(1), fetch)()
 
-    def test_capturing_a_layer_fetches_none(self) -> None:
-        layer = MoELayer(4, 8, 2, dist.group.WORLD, "function")
-        with dodoco.capture_alltoall(modules=[layer]) as capture, no_host_sync():
+    @pytest.mark.parametrize("style", STYLES)
+    @pytest.mark.parametrize("mode", [True, False], ids=["operators", "short cut"])
+    def test_capturing_a_layer_fetches_none(self, style: str, mode: bool) -> None:
+        layer = MoELayer(4, 8, 2, dist.group.WORLD, style)
+        with dodoco.capture_alltoall(modules=[layer]) as capture, no_host_sync(mode=mode):
             layer(torch.randn(6, 4, requires_grad=True)).sum().backward()
             assert capture.passed_over == {"control": 1}
         assert len(capture.reader.transfers().records) == 4
@@ -526,15 +528,36 @@ class TestDeepEP:
             capture.observe_buffer(buffer, num_local_experts=4, device="cpu")
             assert buffer.low_latency_dispatch(ROWS, ROWS, 8, 4) is ROWS
 
+    def test_what_finishes_later_is_recorded_where_the_stream_waits(self) -> None:
+        buffer = deepep.Buffer(torch.tensor([[5]]), 0)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            capture.observe_buffer(buffer)
+            received, *_, handle, event = buffer.dispatch(
+                torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
+            )
+            wait = event.current_stream_wait
+            assert kinds(capture) == []
+            wait()
+            wait()
+            assert kinds(capture) == [(0, DISPATCH, 5)]
+            *_, back = buffer.combine(received, handle, async_finish=True)
+            back.current_stream_wait()
+            assert kinds(capture) == [(0, DISPATCH, 5), (0, COMBINE, 5)]
+        assert (event.waits, back.waits) == (2, 1)
+        assert vars(back) == {"waits": 1}
+        assert capture.passed_over == {}
+
     def test_what_finishes_out_of_sight_is_counted_and_not_recorded(self) -> None:
         buffer = deepep.Buffer(torch.tensor([[5]]), 0)
         with dodoco.capture_alltoall(layers=1) as capture:
             capture.observe_buffer(buffer)
-            buffer.dispatch(
+            *_, event = buffer.dispatch(
                 torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
             )
-            assert capture.passed_over == {"async_finish": 1}
-            assert kinds(capture) == []
+        assert capture.passed_over == {"async_finish": 1}
+        event.current_stream_wait()
+        assert event.waits == 1
+        assert kinds(capture) == []
 
     def test_the_buffer_is_as_it_was(self) -> None:
         buffer = deepep.Buffer(torch.tensor([[5]]), 0)
@@ -592,7 +615,10 @@ class TestSymmetricMemory:
     def test_splits_by_expert_are_summed_by_rank(self, host_kernels: None) -> None:
         name = dist.group.WORLD.group_name
         splits, back = torch.tensor([1, 2, 3]), torch.zeros(2, 3, dtype=torch.int64)
-        with dodoco.capture_alltoall(layers=1) as capture:
+        with (
+            dodoco.capture_alltoall(layers=1) as capture,
+            no_host_sync(allow=("numpy",)),
+        ):
             torch.ops.symm_mem.all_to_all_vdev_2d(ROWS, ROWS.clone(), splits, back, name)
             torch.ops.symm_mem.all_to_all_vdev_2d_offset(
                 ROWS, ROWS.clone(), back.clone(), back, name

@@ -12,6 +12,7 @@ A plain call on tensors of the host takes a shorter way (`short_cut`), past the 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -23,9 +24,10 @@ _unbox_group, _unbox_work = dist.ProcessGroup.unbox, dist.Work.unbox
 _num_modes = torch._C._len_torch_dispatch_stack
 _is_profiled: Callable[[], bool] = vars(torch.autograd)["_profiler_enabled"]
 _CPU = torch.device("cpu")
+_now = time.monotonic_ns
 _redispatch_base = torch.ops.c10d.alltoall_base_.default.redispatch
 
-Done = Callable[[bool], None]
+Done = Callable[[bool], object]
 # Rows to each rank, rows from each rank and, where known, rows for each local expert.
 ReadSplits = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
@@ -34,15 +36,21 @@ class Listener(Protocol):
     """Who is asked about the AlltoAlls of one group. Neither method may raise."""
 
     def before(
-        self, sent: Sequence[int], received: Sequence[int], rows: torch.Tensor, like: torch.Tensor
+        self,
+        sent: Sequence[int],
+        received: Sequence[int],
+        rows: torch.Tensor,
+        like: torch.Tensor,
+        begin_ns: int | None = None,
     ) -> Done | None:
-        """A call is about to run.
+        """A call is about to run, or under way.
 
         Args:
             sent: Rows to each rank [R].
             received: Rows from each rank [R].
             rows: A tensor whose trailing dimensions say what a row is.
             like: A tensor on the device of the call.
+            begin_ns: When it began, by the host's monotonic clock; None: it is about to.
 
         Returns:
             What to call when the consumer has waited, with whether the stamps are those of the
@@ -123,14 +131,18 @@ def short_cut(method: Any) -> Any:
                 output, rows, output_split_sizes, input_split_sizes, options = args
                 if _num_modes() or _is_profiled() or not (_is_plain(output) and _is_plain(rows)):
                     break
+                begin_ns = _now()
+                backend: Any = group._get_backend(_CPU)
+                inner = backend.alltoall_base(*args)
+                # While rows are under way, and not when they have arrived: a thread of the backend's holds the
+                # tensors for a moment longer than its work takes, and who lets go of them last is who frees them.
                 done = listener.before(
                     input_split_sizes or _equal_splits(rows, size),
                     output_split_sizes or _equal_splits(output, size),
                     rows,
                     output,
+                    begin_ns,
                 )
-                backend: Any = group._get_backend(_CPU)
-                inner = backend.alltoall_base(*args)
                 if done is None:
                     return inner
                 if options.asyncOp:

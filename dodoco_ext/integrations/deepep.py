@@ -75,6 +75,8 @@ class BufferProbe:
         self._buffer = buffer
         # By the last tensor of a handle, which each dispatch makes anew: as long as that lives, so may a combine.
         self._sent: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        # Events of calls that went on in DeepEP's own stream, and that nobody has waited for yet.
+        self._unwaited: set[Any] = set()
         self._counters = self._waits = None
         if num_local_experts is not None:
             place = device or (
@@ -103,6 +105,9 @@ class BufferProbe:
             else:
                 setattr(self._buffer, name, before)
         self._replaced.clear()
+        if self._unwaited:
+            self._capture.passed_over["async_finish"] += len(self._unwaited)
+            self._unwaited.clear()
 
     def counters(self) -> ExpertCounters:
         """A copy on the host of what low-latency dispatches have counted.
@@ -125,14 +130,13 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            call, send, handle, transfer = known
-            self._guarded(lambda: self._end_dispatch(call, send, handle, transfer, result))
+            call, send, handle, transfer, later = known
+            self._finish(
+                result, later, lambda: self._end_dispatch(call, send, handle, transfer, result)
+            )
         return result
 
     def _begin_dispatch(self, given: dict[str, Any]) -> Any:
-        if given.get("async_finish"):
-            self._capture.passed_over["async_finish"] += 1
-            return None
         rows, handle = given["x"], given.get("handle")
         width = sum(_width(x) for x in (rows if isinstance(rows, tuple) else (rows,)))
         if handle is None:
@@ -154,7 +158,7 @@ class BufferProbe:
                 backward=in_backward,
                 iteration=before.call.iteration if in_backward else None,
             )
-        return call, send, handle, self._begin(call, send)
+        return call, send, handle, self._begin(call, send), given.get("async_finish")
 
     def _place(self, width: int) -> Call | None:
         call = self._capture.attribution.place_dispatch(width)
@@ -202,15 +206,14 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            call, transfer, before = known
+            call, transfer, before, later = known
             # What was received goes back to where it came from.
-            self._guarded(lambda: self._end(call, transfer, before.receive, before.send))
+            self._finish(
+                result, later, lambda: self._end(call, transfer, before.receive, before.send)
+            )
         return result
 
     def _begin_combine(self, given: dict[str, Any]) -> Any:
-        if given.get("async_finish"):
-            self._capture.passed_over["async_finish"] += 1
-            return None
         before = self._sent.get(given["handle"][-1])
         if before is None:
             self._capture.unattributed()
@@ -225,7 +228,7 @@ class BufferProbe:
             recompute=before.call.recompute and not in_backward,
             iteration=before.call.iteration,
         )
-        return call, self._begin(call, before.send), before
+        return call, self._begin(call, before.send), before, given.get("async_finish")
 
     def _low_latency_dispatch(
         self, original: Callable[..., Any], signature: inspect.Signature, *args: Any, **kwargs: Any
@@ -254,6 +257,29 @@ class BufferProbe:
             for name, tensor in ours.items()
             if name in signature.parameters and name not in by_position and given.get(name) is None
         }
+
+    def _finish(self, result: Any, later: bool, end: Callable[[], None]) -> None:
+        """Records a transfer: now, or where the current stream waits for the event in the result."""
+        if not later:
+            self._guarded(end)
+        elif hasattr(result[-1], "current_stream_wait"):
+            self._guarded(lambda: self._watch(result[-1], end))
+        else:
+            self._capture.passed_over["async_finish"] += 1
+
+    def _watch(self, event: Any, end: Callable[[], None]) -> None:
+        original = event.current_stream_wait
+
+        def current_stream_wait() -> None:
+            original()
+            if vars(event).get("current_stream_wait") is current_stream_wait:
+                del event.current_stream_wait
+            if event in self._unwaited:  # neither waited for before, nor closed meanwhile
+                self._unwaited.discard(event)
+                self._guarded(end)
+
+        event.current_stream_wait = current_stream_wait
+        self._unwaited.add(event)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:

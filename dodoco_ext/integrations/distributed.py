@@ -50,9 +50,10 @@ class AlltoAllCapture:
         layers: The layers that transfers are recorded of.
         passed_over: Calls on the group that were not recorded, by reason: `control` (integers, or
             single numbers and no rows), `outside` (of every layer's scope), `extra` (more than one
-            call in the scope of one transfer), `async_finish` (of DeepEP: nothing tells when such a
-            call is waited for), `low latency` (likewise, without counters of ours), `unattributed`
-            (a backward or recomputed call that fits no forward one; also a fault in the recording).
+            call in the scope of one transfer), `async_finish` (of DeepEP: nobody called
+            `current_stream_wait()` of the event that such a call returned), `low latency` (without
+            counters of ours), `unattributed` (a backward or recomputed call that fits no forward one;
+            also a fault in the recording).
     """
 
     def __init__(
@@ -150,7 +151,12 @@ class AlltoAllCapture:
     # --- What collectives asks; nothing here may raise. ------------------------------------------
 
     def before(
-        self, sent: Sequence[int], received: Sequence[int], rows: torch.Tensor, like: torch.Tensor
+        self,
+        sent: Sequence[int],
+        received: Sequence[int],
+        rows: torch.Tensor,
+        like: torch.Tensor,
+        begin_ns: int | None = None,
     ) -> collectives.Done | None:
         """Places a call whose splits the host has; see `collectives.Listener`."""
         try:
@@ -164,7 +170,7 @@ class AlltoAllCapture:
                 return None
             if like.is_cuda and torch.cuda.is_current_stream_capturing():
                 return self._stamped_on(str(like.device), call, lambda: (sent, received, None))
-            return self._stamped_here(call, sent, received)
+            return self._stamped_here(call, sent, received, begin_ns or _now())
         except Exception as error:  # telemetry never takes down its host
             self.failed(error)
             return None
@@ -194,25 +200,25 @@ class AlltoAllCapture:
         return call
 
     def _stamped_here(
-        self, call: Call, sent: Sequence[int], received: Sequence[int]
+        self, call: Call, sent: Sequence[int], received: Sequence[int], begin_ns: int
     ) -> collectives.Done:
-        begin_ns = _now()
+        end = self.writer.under_way(
+            call.layer,
+            call.op,
+            sent,
+            received,
+            begin_ns,
+            backward=call.backward,
+            recompute=call.recompute,
+            iteration=-1 if call.iteration is None else call.iteration,
+            bytes_per_row=call.row_bytes,
+        )
+        if call.iteration is not None:
+            return end
 
         def done(timed: bool) -> None:
-            iteration = self.writer.push(
-                call.layer,
-                call.op,
-                sent,
-                received,
-                begin_ns,
-                _now(),
-                backward=call.backward,
-                recompute=call.recompute,
-                iteration=-1 if call.iteration is None else call.iteration,
-                bytes_per_row=call.row_bytes,
-                timed=timed,
-            )
-            if call.iteration is None and iteration >= 0:
+            iteration = end(timed)
+            if iteration >= 0:
                 call.iteration = iteration
 
         return done

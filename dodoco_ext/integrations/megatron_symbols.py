@@ -11,7 +11,7 @@ from dodoco_ext.integrations.symbols import Symbol
 EXECUTED = "0.16.1"
 """The release that tests run."""
 
-CHECKED = ("0.16.1", "0.19.0")
+CHECKED = ("0.16.1", "0.17.1", "0.18.2", "0.19.0", "0.19.2")
 """Releases whose sources are checked for the names below."""
 
 _DISPATCHERS = "transformer/moe/token_dispatcher.py"
@@ -65,7 +65,7 @@ FLEX = Symbol(
 DEEPEP = Symbol(_DISPATCHERS, "_DeepepManager", (), ("handle", "token_probs"))
 
 SYMBOLS = (LAYER, ROUTER, INFERENCE_ROUTER, DISPATCHER, ALLTOALL, ALLGATHER, FLEX, DEEPEP)
-SINCE_0_19 = (INFERENCE_ROUTER,)
+NOT_IN_EXECUTED = (INFERENCE_ROUTER,)
 
 
 def is_a(thing: object, symbol: Symbol) -> bool:

@@ -7,10 +7,6 @@ here, and none of the classes can be made without a GPU.
 from __future__ import annotations
 
 import ast
-import os
-import zipfile
-from functools import cache
-from pathlib import Path
 
 import pytest
 
@@ -18,6 +14,7 @@ from contracts import attributes_of, calls_in, class_in, line_in, methods_of
 from dodoco_ext.integrations import megatron_symbols as symbols
 from dodoco_ext.integrations.megatron_symbols import CHECKED, EXECUTED, SYMBOLS
 from dodoco_ext.integrations.symbols import Symbol
+from megatron_wheels import tree_of
 
 pytestmark = pytest.mark.engine
 
@@ -29,22 +26,6 @@ CONFIG = (
     "moe_pad_expert_input_to_capacity",
     "mtp_num_layers",
 )
-
-
-def wheel_of(release: str) -> Path:
-    home = os.environ.get("MEGATRON_WHEELS", "")
-    found = sorted(Path(home).glob(f"megatron_core-{release}-*.whl")) if home else []
-    if not found:
-        pytest.skip(
-            f"no wheel of megatron-core {release} in MEGATRON_WHEELS: run make engines online"
-        )
-    return found[0]
-
-
-@cache
-def tree_of(release: str, file: str) -> ast.Module:
-    with zipfile.ZipFile(wheel_of(release)) as wheel:
-        return ast.parse(wheel.read(f"megatron/core/{file}"))
 
 
 def class_of(release: str, file: str, name: str) -> ast.ClassDef:
@@ -59,7 +40,7 @@ PAIRS = [
     pytest.param(release, symbol, id=f"{release}-{symbol.name}")
     for release in CHECKED
     for symbol in SYMBOLS
-    if release != EXECUTED or symbol not in symbols.SINCE_0_19
+    if release != EXECUTED or symbol not in symbols.NOT_IN_EXECUTED
 ]
 
 
