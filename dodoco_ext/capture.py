@@ -179,12 +179,23 @@ class Capture:
 
         `begin()` and `end()` in one call; arguments and result as there.
         """
-        end = self.under_way(
-            layer, op, send, receive, begin_ns,
-            backward=backward, recompute=recompute, iteration=iteration, experts=experts,
-            bytes_per_row=bytes_per_row, unit=unit,
-        )  # fmt: skip
-        return end(timed, end_ns)
+        if backward:
+            op |= _C.FLAG_BACKWARD
+        if recompute:
+            op |= _C.FLAG_RECOMPUTE
+        if unit != "assignment":
+            op |= _FLAGS[unit]
+        if not timed:
+            op |= _UNTIMED
+        try:
+            result: int = _push(
+                self._lane, op, layer, iteration, self._advances, begin_ns, end_ns,
+                bytes_per_row, send, receive, experts,
+            )  # fmt: skip
+        except Exception as error:  # telemetry never takes down its host
+            self._fault(_C.Fault.BAD_SHAPE, f"counts of a transfer: {error}")
+            return -1
+        return result if result >= -1 else self._refused(result)
 
     def under_way(
         self,
@@ -197,37 +208,30 @@ class Capture:
         backward: bool = False,
         recompute: bool = False,
         iteration: int = -1,
-        experts: RowCounts | None = None,
         bytes_per_row: int = 0,
-        unit: str = "assignment",
-    ) -> Callable[..., int]:
-        """The first half of `push()`, for the time in which the transfer runs.
+    ) -> Callable[[bool], int]:
+        """The first half of `push()`, for the time in which a transfer runs.
 
         Returns:
-            The second half, `end(timed, end_ns)`: by default the end is when it is called. It does as little as
-            can be, since it runs between the end of a transfer and whoever waits for that.
+            The second half, to be called at the transfer's end with `timed`; it returns what `push()` does. It runs
+            between that end and whoever waits for it: hence it does as little as can be.
         """
         if backward:
             op |= _C.FLAG_BACKWARD
         if recompute:
             op |= _C.FLAG_RECOMPUTE
-        if unit != "assignment":
-            op |= _FLAGS[unit]
         lane, advances = self._lane, self._advances
 
-        def end(timed: bool, end_ns: int | None = None) -> int:
+        def end(timed: bool) -> int:
             try:
                 result: int = _push(
                     lane, op if timed else op | _UNTIMED, layer, iteration, advances, begin_ns,
-                    _now() if end_ns is None else end_ns, bytes_per_row, send, receive, experts,
+                    _now(), bytes_per_row, send, receive, None,
                 )  # fmt: skip
             except Exception as error:  # telemetry never takes down its host
                 self._fault(_C.Fault.BAD_SHAPE, f"counts of a transfer: {error}")
                 return -1
-            if result < -1:
-                self._settle(result + 1)
-                return -1
-            return result
+            return result if result >= -1 else self._refused(result)
 
         return end
 
@@ -238,6 +242,10 @@ class Capture:
             transfer.layer, kind, send, receive, transfer.begin_ns, end_ns,
             iteration=transfer.iteration, experts=experts, bytes_per_row=bytes_per_row,
         )  # fmt: skip
+
+    def _refused(self, result: int) -> int:
+        self._settle(result + 1)
+        return -1
 
     def _settle(self, result: int) -> None:
         if result < 0:
