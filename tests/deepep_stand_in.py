@@ -55,6 +55,12 @@ class EventOverlap:
     def current_stream_wait(self) -> None:
         self.waits += 1
 
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.waits += 1
+
 
 class Buffer:
     """One rank of a buffer whose other ranks are imagined: `matrix` says who sends how much to whom."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -539,17 +541,67 @@ class TestDeepEP:
             received, *_, handle, event = buffer.dispatch(
                 torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
             )
+            assert isinstance(event, deepep.EventOverlap)
             wait = event.current_stream_wait
             assert kinds(capture) == []
             wait()
             wait()
             assert kinds(capture) == [(0, DISPATCH, 5)]
             *_, back = buffer.combine(received, handle, async_finish=True)
-            back.current_stream_wait()
+            with back:
+                assert len(kinds(capture)) == 1
             assert kinds(capture) == [(0, DISPATCH, 5), (0, COMBINE, 5)]
         assert (event.waits, back.waits) == (2, 1)
+        assert type(back) is deepep.EventOverlap
         assert vars(back) == {"waits": 1}
         assert capture.passed_over == {}
+
+    def test_what_nobody_waits_for_is_not_kept(self) -> None:
+        buffer = deepep.Buffer(torch.tensor([[5]]), 0)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            capture.observe_buffer(buffer)
+            gc.disable()
+            result = buffer.dispatch(
+                torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
+            )
+            kept = [weakref.ref(each) for each in (result[0], result[4][0], result[-1])]
+            del result
+            gone = [each() is None for each in kept]
+            gc.enable()
+        assert gone == [True, True, True]
+        assert capture.passed_over == {"async_finish": 1}
+
+    def test_another_result_reaches_the_host_as_it_is(self) -> None:
+        class Odd(deepep.Buffer):
+            def dispatch(self, x: Any, handle: Any = None, num_tokens_per_rank: Any = None) -> Any:  # type: ignore[override]
+                return (x,)
+
+        buffer = Odd(torch.tensor([[5]]), 0)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            capture.observe_buffer(buffer)
+            assert buffer.dispatch(ROWS, num_tokens_per_rank=buffer.matrix[0]) == (ROWS,)
+            assert capture.reader.header["num_faults"] == 1
+            assert kinds(capture) == []
+
+    @pytest.mark.parametrize("event", [None, object()])
+    def test_what_cannot_be_waited_for_is_left_alone(self, event: object) -> None:
+        from dodoco_ext.integrations.stream_events import when_waited
+
+        assert not when_waited(event, lambda: None)
+
+    def test_an_event_that_takes_no_other_class_is_left_alone(self) -> None:
+        from dodoco_ext.integrations.stream_events import when_waited
+
+        class Slotted:
+            __slots__ = ()
+
+            def current_stream_wait(self) -> int:
+                return 7
+
+        event = Slotted()
+        assert not when_waited(event, lambda: None)
+        assert event.current_stream_wait() == 7
+        assert type(event) is Slotted
 
     def test_what_finishes_out_of_sight_is_counted_and_not_recorded(self) -> None:
         buffer = deepep.Buffer(torch.tensor([[5]]), 0)

@@ -20,6 +20,7 @@ from dodoco_ext.capture import COMBINE, DISPATCH
 from dodoco_ext.errors import InputError
 
 from .attribution import Call
+from .stream_events import when_waited
 
 if TYPE_CHECKING:
     from .distributed import AlltoAllCapture
@@ -75,8 +76,9 @@ class BufferProbe:
         self._buffer = buffer
         # By the last tensor of a handle, which each dispatch makes anew: as long as that lives, so may a combine.
         self._sent: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        # Events of calls that went on in DeepEP's own stream, and that nobody has waited for yet.
-        self._unwaited: set[Any] = set()
+        self._unwaited = (
+            0  # calls that went on in DeepEP's own stream, and that nobody has waited for yet
+        )
         self._counters = self._waits = None
         if num_local_experts is not None:
             place = device or (
@@ -106,8 +108,8 @@ class BufferProbe:
                 setattr(self._buffer, name, before)
         self._replaced.clear()
         if self._unwaited:
-            self._capture.passed_over["async_finish"] += len(self._unwaited)
-            self._unwaited.clear()
+            self._capture.passed_over["async_finish"] += self._unwaited
+            self._unwaited = 0
 
     def counters(self) -> ExpertCounters:
         """A copy on the host of what low-latency dispatches have counted.
@@ -130,10 +132,7 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            call, send, handle, transfer, later = known
-            self._finish(
-                result, later, lambda: self._end_dispatch(call, send, handle, transfer, result)
-            )
+            self._guarded(lambda: self._after_dispatch(*known, result))
         return result
 
     def _begin_dispatch(self, given: dict[str, Any]) -> Any:
@@ -179,13 +178,21 @@ class BufferProbe:
             device=str(like.device) if like.is_cuda else None,
         )
 
+    def _after_dispatch(
+        self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, later: bool, result: Any
+    ) -> None:
+        made = result[4]  # the handle, unless one was given; the rows are not for us to keep
+        self._finish(
+            result[-1], later, lambda: self._end_dispatch(call, send, handle, transfer, made)
+        )
+
     def _end_dispatch(
-        self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, result: Any
+        self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, made: Any
     ) -> None:
         if handle is not None:
             receive = self._sent[handle[-1]].receive
         else:
-            handle = result[4]
+            handle = made
             receive = received(handle, self._buffer.rank)
         self._end(call, transfer, send, receive)
         if not call.backward:
@@ -206,12 +213,16 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            call, transfer, before, later = known
-            # What was received goes back to where it came from.
-            self._finish(
-                result, later, lambda: self._end(call, transfer, before.receive, before.send)
-            )
+            self._guarded(lambda: self._after_combine(*known, result))
         return result
+
+    def _after_combine(
+        self, call: Call, transfer: Any, before: _Sent, later: bool, result: Any
+    ) -> None:
+        # What was received goes back to where it came from.
+        self._finish(
+            result[-1], later, lambda: self._end(call, transfer, before.receive, before.send)
+        )
 
     def _begin_combine(self, given: dict[str, Any]) -> Any:
         before = self._sent.get(given["handle"][-1])
@@ -258,28 +269,19 @@ class BufferProbe:
             if name in signature.parameters and name not in by_position and given.get(name) is None
         }
 
-    def _finish(self, result: Any, later: bool, end: Callable[[], None]) -> None:
-        """Records a transfer: now, or where the current stream waits for the event in the result."""
+    def _finish(self, event: Any, later: bool, end: Callable[[], None]) -> None:
+        """Records a transfer: now, or where the current stream waits for the call's event."""
         if not later:
-            self._guarded(end)
-        elif hasattr(result[-1], "current_stream_wait"):
-            self._guarded(lambda: self._watch(result[-1], end))
+            end()
+        elif when_waited(event, lambda: self._end_later(end)):
+            self._unwaited += 1
         else:
             self._capture.passed_over["async_finish"] += 1
 
-    def _watch(self, event: Any, end: Callable[[], None]) -> None:
-        original = event.current_stream_wait
-
-        def current_stream_wait() -> None:
-            original()
-            if vars(event).get("current_stream_wait") is current_stream_wait:
-                del event.current_stream_wait
-            if event in self._unwaited:  # neither waited for before, nor closed meanwhile
-                self._unwaited.discard(event)
-                self._guarded(end)
-
-        event.current_stream_wait = current_stream_wait
-        self._unwaited.add(event)
+    def _end_later(self, end: Callable[[], None]) -> None:
+        if self._replaced:  # not restored meanwhile
+            self._unwaited -= 1
+            self._guarded(end)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:
