@@ -63,7 +63,7 @@ check: $(CHECKS) ## everything that CI runs (at most 60 minutes on 2 cores)
 list-checks:
 	@echo $(CHECKS)
 
-engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/vllm-wheels/.downloaded build/megatron/.installed ## tests against real engines
+engines: $(STAMPS)/package $(STAMPS)/dev build/vllm/.installed build/vllm-wheels/.downloaded $(MEGATRON_STAMP) ## tests against real engines
 	VLLM_PYTHON="$(CURDIR)/build/vllm/bin/python" VLLM_WHEELS="$(CURDIR)/build/vllm-wheels" MEGATRON_HOME="$(CURDIR)/build/megatron" \
 	  MEGATRON_WHEELS="$(CURDIR)/build/megatron/wheels" $(BIN)/pytest -rs tests/engines
 
@@ -310,7 +310,8 @@ build/vllm-wheels/.downloaded: $(TORCH_STAMP)
 # The wheels of other releases, for another Python, are only read (tests/engines/test_megatron_contract.py).
 MEGATRON ?= megatron-core==0.16.1
 MEGATRON_CHECKED ?= 0.17.1 0.18.2 0.19.0 0.19.2
-build/megatron/.installed: $(TORCH_STAMP) constraints.txt
+MEGATRON_STAMP := build/megatron/.installed-$(subst $() ,-,$(strip $(subst =,-,$(MEGATRON)) $(MEGATRON_CHECKED)))
+$(MEGATRON_STAMP): $(TORCH_STAMP) constraints.txt
 	@echo "installing $(MEGATRON) into build/megatron (once)"
 	@rm -rf build/megatron && mkdir -p build/megatron/wheels
 	@$(PIP) --no-deps --target build/megatron $(MEGATRON) tensorboard protobuf absl-py

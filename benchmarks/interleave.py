@@ -49,12 +49,18 @@ class Summary:
     num_blocks: int
 
     @classmethod
-    def of(cls, values: FloatArray) -> Summary:
-        """Summarises one value a block [blocks]."""
+    def of(cls, values: FloatArray, together: NDArray[np.int64] | None = None) -> Summary:
+        """Summarises one value a block [blocks].
+
+        Args:
+            values: One a block.
+            together: Blocks of equal number are resampled together; by default 40 stretches.
+        """
         p20, p50, p80 = (float(value) for value in np.quantile(values, (0.2, 0.5, 0.8)))
         # Neighbouring rounds share the machine's mood: stretches of them are what is resampled.
-        stretch = np.arange(len(values)) * min(len(values), 40) // len(values)
-        low, high = bootstrap_interval(values, np.median, stretch, num_resamples=500)
+        if together is None:
+            together = np.arange(len(values)) * min(len(values), 40) // len(values)
+        low, high = bootstrap_interval(values, np.median, together, num_resamples=500)
         return cls(p20, p50, p80, low, high, len(values))
 
 

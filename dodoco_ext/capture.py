@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dodoco_ext import _C
+from dodoco_ext.device import NOT_STAMPED
 from dodoco_ext.errors import InputError
 from dodoco_ext.recorder import Recorder
 from dodoco_ext.transfers import COMBINE, DISPATCH, UNITS
@@ -31,7 +32,6 @@ _FAULTS = {  # of results
     -5: _C.Fault.NO_LANE,
     -6: _C.Fault.DEVICE_ERROR,
 }
-_NOT_STAMPED = 0xFFFFFFFF
 _UNTIMED = _C.FLAG_UNTIMED
 
 
@@ -53,7 +53,7 @@ class Transfer:
         self.type = type
         self.iteration = iteration
         self.device = device
-        self.slot = _NOT_STAMPED
+        self.slot = NOT_STAMPED
         self.begin_ns = _now()
 
 

@@ -22,6 +22,9 @@ log = logging.getLogger("dodoco")
 MAX_EXPERTS = 1024
 """Most experts of a layer that the kernel counts."""
 
+NOT_STAMPED = 0xFFFFFFFF
+"""The slot of a transfer whose begin no device has stamped."""
+
 FORMS = {"ids": 0, "map": 1, "bits": 2}
 """Forms in which a router's choice arrives, by the number that kernels know them by."""
 
@@ -62,6 +65,7 @@ class Device:
         clock = build.compile_clock(capability)
         self._lanes = _C.DeviceLanes(writer, self.index, first_lane, num_lanes)
         self._has_transfers = False
+        self._begun_in = [0] * _C.TRANSFERS_AT_ONCE  # streams, by the slot of a transfer's begin
         try:
             for kernel in kernels:
                 self._lanes.add_kernel(
@@ -127,12 +131,15 @@ class Device:
 
     def begin_transfer(self, slot: int) -> int:
         """Stamps a begin in the current stream. Returns a result; negative: refused."""
-        return self._lanes.begin_transfer(slot, self._stream())
+        stream = self._begun_in[slot] = self._stream()
+        return self._lanes.begin_transfer(slot, stream)
 
     def end_transfer(
         self, kind: int, transfer: Transfer, advances: int, bytes_per_row: int, counts: Any
     ) -> int:
         """Records a transfer in the current stream. Returns a result; negative: refused.
+
+        A begin that was stamped in another stream is in that one's lane: such a transfer has no duration.
 
         Args:
             kind: Type and flags.
@@ -145,18 +152,21 @@ class Device:
             ValueError: Counts are of a type that is not read.
         """
         sent, received, experts = (_counts_for(each) for each in counts)
+        stream, slot = self._stream(), transfer.slot
+        if slot != NOT_STAMPED and self._begun_in[slot] != stream:
+            slot, kind = NOT_STAMPED, kind | _C.FLAG_UNTIMED
         return self._lanes.end_transfer(
             kind,
             transfer.layer,
             transfer.iteration,
             bool(advances),
-            transfer.slot,
+            slot,
             transfer.begin_ns,
             bytes_per_row,
             sent,
             received,
             experts,
-            self._stream(),
+            stream,
         )
 
     def _stream(self) -> int:

@@ -27,8 +27,9 @@ class Job:
         recompute: "", "reentrant" or "saved": activation checkpointing of each layer.
         idle: A rank that has no tokens at all; -1: none.
         captured: Whether anything is captured.
-        paired_blocks: Rounds of timed blocks of `iterations`: bare, bare again and captured, in a random
-            order that all ranks share; 0: nothing is timed.
+        paired_blocks: Rounds of timed blocks of `iterations`: bare, bare again and captured, in each of
+            their six orders equally often; a multiple of 6. 0: nothing is timed.
+        seed: Of the order of those orders.
     """
 
     folder: str
@@ -45,6 +46,7 @@ class Job:
     idle: int = -1
     captured: bool = True
     paired_blocks: int = 0
+    seed: int = 0
 
 
 def run(job: Job, timeout_s: float = 240) -> list[dict[str, Any]]:
@@ -132,6 +134,7 @@ def train(job: Job, rank: int) -> dict[str, Any]:
 def _paired(job: Job, model: Any, start: Any) -> dict[str, Any]:
     """Seconds of blocks with and without a capture, side by side: of the clock and of the CPU."""
     import gc
+    import itertools
     import random
 
     import torch
@@ -153,14 +156,15 @@ def _paired(job: Job, model: Any, start: Any) -> dict[str, Any]:
         return time.perf_counter() - began, time.process_time() - began_cpu
 
     seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "again": [], "captured": []}
-    order = random.Random(0)  # the same in all ranks
+    orders = [*itertools.permutations(seconds)] * (job.paired_blocks // 6)
+    random.Random(job.seed).shuffle(orders)  # the same in all ranks
     capture = start()  # once: a run opens its recording once
     collectives.stop_listening(capture)
     block()
     gc.collect()
     gc.disable()
-    for _ in range(job.paired_blocks):
-        for name in order.sample([*seconds], len(seconds)):
+    for order in orders:
+        for name in order:
             # Registering allocates a little in any case, so that memory looks alike in all of them.
             assert collectives.listen(capture.group, capture)
             if name != "captured":

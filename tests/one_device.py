@@ -56,13 +56,14 @@ class Tensor:
 
 
 class OneDevice:
-    """A `Capture` on a recording with lanes of a fake device; every call in stream 0."""
+    """A `Capture` on a recording with lanes of a fake device; every call in `stream`."""
 
     def __init__(self, on: OnDevice, *, advances: bool = True) -> None:
         device = object.__new__(Device)
         device.name, device.index, device._lanes = "cuda:0", 0, on.lanes
         on.lanes.add_transfers(b"code")
         device._has_transfers = True
+        device._begun_in = [0] * _C.TRANSFERS_AT_ONCE
         device._stream = lambda: self.stream  # type: ignore[method-assign]
         self.stream, self.faults = 0, list[_C.Fault]()
         recorder = SimpleNamespace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import time
@@ -197,6 +198,23 @@ class TestTheMechanism:
             dist.all_to_all_single(out, ROWS)
             assert torch.equal(out, ROWS)
             assert capture.reader.header["num_faults"] == 1
+
+
+class TestArguments:
+    def test_splits_may_be_arrays_as_before(self) -> None:
+        out = torch.empty_like(ROWS)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            dist.all_to_all_single(out, ROWS, np.array([6]), np.array([6]))
+            assert torch.equal(out, ROWS)
+            assert kinds(capture) == [(0, DISPATCH, 6)]
+
+    def test_counts_that_cannot_be_read_are_a_fault_and_no_error(self) -> None:
+        with dodoco.capture_alltoall(layers=1) as capture:
+            end = capture.writer.under_way(0, DISPATCH, ["x"], [1], 0)  # type: ignore[list-item]
+            assert end(True) == -1
+            assert capture.writer.under_way(0, DISPATCH, [1, 1], [1], 0)(True) == -1
+            assert capture.reader.header["num_faults"] == 2
+            assert kinds(capture) == []
 
 
 class TestWaiting:
@@ -410,7 +428,11 @@ class TestNoValueIsFetched:
 
     @pytest.mark.parametrize("style", STYLES)
     @pytest.mark.parametrize("mode", [True, False], ids=["operators", "short cut"])
-    def test_capturing_a_layer_fetches_none(self, style: str, mode: bool) -> None:
+    def test_capturing_a_layer_fetches_none(
+        self, style: str, mode: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if not mode and style != "functional":
+            monkeypatch.setattr(collectives, "_unbox_group", None)  # the operator is not asked
         layer = MoELayer(4, 8, 2, dist.group.WORLD, style)
         with dodoco.capture_alltoall(modules=[layer]) as capture, no_host_sync(mode=mode):
             layer(torch.randn(6, 4, requires_grad=True)).sum().backward()
@@ -561,15 +583,42 @@ class TestDeepEP:
         with dodoco.capture_alltoall(layers=1) as capture:
             capture.observe_buffer(buffer)
             gc.disable()
-            result = buffer.dispatch(
-                torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
-            )
-            kept = [weakref.ref(each) for each in (result[0], result[4][0], result[-1])]
-            del result
-            gone = [each() is None for each in kept]
-            gc.enable()
+            try:
+                result = buffer.dispatch(
+                    torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
+                )
+                kept = [weakref.ref(each) for each in (result[0], result[4][-1], result[-1])]
+                del result
+                gone = [each() is None for each in kept]
+            finally:
+                gc.enable()
         assert gone == [True, True, True]
         assert capture.passed_over == {"async_finish": 1}
+
+    def test_a_combine_may_be_queued_before_its_dispatch_is_waited_for(self) -> None:
+        buffer = deepep.Buffer(torch.tensor([[5]]), 0)
+        with dodoco.capture_alltoall(layers=1) as capture:
+            capture.observe_buffer(buffer)
+            received, *_, handle, sent = buffer.dispatch(
+                torch.zeros(5, 8), num_tokens_per_rank=buffer.matrix[0], async_finish=True
+            )
+            *_, back = buffer.combine(received, handle, previous_event=sent, async_finish=True)
+            back.current_stream_wait()
+            assert kinds(capture) == [(0, COMBINE, 5)]
+            assert capture.reader.header["num_faults"] == 0
+        assert capture.passed_over == {"async_finish": 1}
+
+    def test_two_captures_may_wait_for_one_event(self) -> None:
+        from dodoco_ext.integrations.stream_events import when_waited
+
+        event, told = deepep.EventOverlap(), []
+        for name in "ab":
+            assert when_waited(event, lambda name=name: told.append(name))  # type: ignore[misc]
+        twin = copy.copy(event)
+        event.current_stream_wait()
+        twin.current_stream_wait()
+        assert told == ["a", "b"]
+        assert type(event) is type(twin) is deepep.EventOverlap
 
     def test_another_result_reaches_the_host_as_it_is(self) -> None:
         class Odd(deepep.Buffer):
@@ -657,7 +706,7 @@ class TestSymmetricMemory:
         yield
         library._destroy()
 
-    def test_splits_are_read_after_the_call(self, host_kernels: None) -> None:
+    def test_splits_are_read_after_the_call_and_not_fetched(self, host_kernels: None) -> None:
         name = dist.group.WORLD.group_name
         splits, back = torch.tensor([6]), torch.zeros(2, 1, dtype=torch.int64)
         with (
@@ -668,7 +717,7 @@ class TestSymmetricMemory:
         found = capture.reader.transfers()
         assert (found.sent.tolist(), found.received.tolist()) == ([[6]], [[6]])
 
-    def test_splits_by_expert_are_summed_by_rank(self, host_kernels: None) -> None:
+    def test_splits_by_expert_are_summed_by_rank_and_not_fetched(self, host_kernels: None) -> None:
         name = dist.group.WORLD.group_name
         splits, back = torch.tensor([1, 2, 3]), torch.zeros(2, 3, dtype=torch.int64)
         with (

@@ -113,6 +113,22 @@ def test_transfers_under_way_at_once_keep_their_begins(tmp_path: Path, cuda: Fak
         ]
 
 
+def test_a_transfer_that_ends_in_another_stream_has_no_duration(
+    tmp_path: Path, cuda: FakeCuda
+) -> None:
+    with OnDevice(tmp_path, cuda, kernels=False, lanes=2, ranks=2) as on:
+        device = OneDevice(on)
+        for begin, end in ((0, 64), (64, 64)):
+            device.stream = begin
+            transfer = device.capture.begin(0, DISPATCH, device="cuda:0")
+            device.stream = end
+            device.capture.end(transfer, Tensor([1, 2]), Tensor([3, 4]))  # type: ignore[arg-type]
+            cuda.settle()
+        records = on.reader.transfers().records
+        assert device.faults == []
+        assert records["timed"].tolist() == [0, 1]
+
+
 def test_settings_of_the_lane_hold_for_its_transfers(tmp_path: Path, cuda: FakeCuda) -> None:
     with OnDevice(tmp_path, cuda, kernels=False, lanes=1, ranks=2) as on:
         device = OneDevice(on)

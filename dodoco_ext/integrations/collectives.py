@@ -131,6 +131,10 @@ def short_cut(method: Any) -> Any:
                 output, rows, output_split_sizes, input_split_sizes, options = args
                 if _num_modes() or _is_profiled() or not (_is_plain(output) and _is_plain(rows)):
                     break
+                if not isinstance(output_split_sizes, list | tuple) or not isinstance(
+                    input_split_sizes, list | tuple
+                ):
+                    break  # an array has no truth of its own
                 begin_ns = _now()
                 backend: Any = group._get_backend(_CPU)
                 inner = backend.alltoall_base(*args)

@@ -47,11 +47,22 @@ class ExpertCounters:
 
 @dataclass(slots=True)
 class _Sent:
-    """A dispatch that a handle came from: its place, and the rows that combine takes back."""
+    """A dispatch that a handle came from: its place, and the rows that combine takes back.
+
+    Attributes:
+        call: Its place.
+        send: Rows to each rank.
+        arrived: Rows from the ranks up to each: filled in once the dispatch has run.
+    """
 
     call: Call
     send: torch.Tensor
-    receive: torch.Tensor
+    arrived: torch.Tensor
+
+    @property
+    def receive(self) -> torch.Tensor:
+        """Rows from each rank; to be asked for where the current stream has waited for the dispatch."""
+        return _differences(self.arrived)
 
 
 class BufferProbe:
@@ -76,9 +87,8 @@ class BufferProbe:
         self._buffer = buffer
         # By the last tensor of a handle, which each dispatch makes anew: as long as that lives, so may a combine.
         self._sent: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._unwaited = (
-            0  # calls that went on in DeepEP's own stream, and that nobody has waited for yet
-        )
+        # Calls that went on in DeepEP's own stream, and that nobody has waited for yet.
+        self._unwaited = 0
         self._counters = self._waits = None
         if num_local_experts is not None:
             place = device or (
@@ -181,22 +191,14 @@ class BufferProbe:
     def _after_dispatch(
         self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, later: bool, result: Any
     ) -> None:
-        made = result[4]  # the handle, unless one was given; the rows are not for us to keep
-        self._finish(
-            result[-1], later, lambda: self._end_dispatch(call, send, handle, transfer, made)
-        )
-
-    def _end_dispatch(
-        self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, made: Any
-    ) -> None:
         if handle is not None:
-            receive = self._sent[handle[-1]].receive
+            before = self._sent[handle[-1]]
         else:
-            handle = made
-            receive = received(handle, self._buffer.rank)
-        self._end(call, transfer, send, receive)
-        if not call.backward:
-            self._sent[handle[-1]] = _Sent(call, send, receive)
+            handle = result[4]
+            before = _Sent(call, send, _arrived(handle, self._buffer.rank))
+            # Known from now on: a combine may be queued behind the dispatch before anybody waits.
+            self._sent[handle[-1]] = before
+        self._finish(result[-1], later, lambda: self._end(call, transfer, send, before.receive))
 
     def _end(self, call: Call, transfer: Any, send: torch.Tensor, receive: torch.Tensor) -> None:
         iteration = self._capture.writer.end(
@@ -300,10 +302,18 @@ def received(handle: tuple[Any, ...], rank: int) -> torch.Tensor:
 
     Two small kernels in the current stream, and no look at what they compute.
     """
+    return _differences(_arrived(handle, rank))
+
+
+def _arrived(handle: tuple[Any, ...], rank: int) -> torch.Tensor:
     if len(handle) == _INTRANODE_PARTS:
-        prefix = handle[0][:, rank]
+        prefix: torch.Tensor = handle[0][:, rank]
     elif len(handle) == _INTERNODE_PARTS:
         prefix = handle[_INTERNODE_PREFIX]
     else:
         raise ValueError(f"a handle of {len(handle)} parts: DeepEP 1.1 and 1.2 have 6 or 10")
+    return prefix
+
+
+def _differences(prefix: torch.Tensor) -> torch.Tensor:
     return torch.diff(prefix, prepend=torch.zeros_like(prefix[:1]))

@@ -50,9 +50,9 @@ class AlltoAllCapture:
         layers: The layers that transfers are recorded of.
         passed_over: Calls on the group that were not recorded, by reason: `control` (integers, or
             single numbers and no rows), `outside` (of every layer's scope), `extra` (more than one
-            call in the scope of one transfer), `async_finish` (of DeepEP: nobody called
-            `current_stream_wait()` of the event that such a call returned), `low latency` (without
-            counters of ours), `unattributed` (a backward or recomputed call that fits no forward one;
+            call in the scope of one transfer), `async_finish` (of DeepEP: nobody waited
+            for the event that such a call returned; counted at the end), `low latency` (without counters
+            of ours), `unattributed` (a backward or recomputed call that fits no forward one;
             also a fault in the recording).
     """
 

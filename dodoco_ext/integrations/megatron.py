@@ -115,7 +115,7 @@ def _of_chunk(
             )
         yield MoELayer(
             name=own_name,
-            # MTP layers follow the others: 0.16 numbers them so itself, 0.19 from 1.
+            # MTP layers follow the others: 0.16 numbers them so itself, later ones from 1.
             number=number + (config.num_layers if is_mtp and number < config.num_layers else 0),
             module=module,
             owner=owner,

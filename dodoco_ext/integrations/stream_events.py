@@ -16,16 +16,22 @@ _END = "_dodoco_end"
 def when_waited(event: Any, end: Callable[[], None]) -> bool:
     """Calls `end` once, when `current_stream_wait()` or the event's `with` block is over.
 
+    Several may be told of one event; a copy of it counts as the same.
+
     Returns:
         False: nothing tells when this object is waited for, and it is as it was.
     """
     if not hasattr(type(event), "current_stream_wait"):
         return False
+    told = vars(event).get(_END) if hasattr(event, "__dict__") else None
+    if told:
+        told.append(end)
+        return True
     try:
         event.__class__ = _watched(type(event))
     except TypeError:  # of C++, or with slots
         return False
-    setattr(event, _END, end)
+    setattr(event, _END, [end])
     return True
 
 
@@ -51,6 +57,7 @@ def _watched(own: Any) -> Any:
 
 def _ended(event: Any, own: Any) -> None:
     event.__class__ = own
-    end = vars(event).pop(_END, None)
-    if end is not None:
+    told = vars(event).pop(_END, [])
+    ends, told[:] = [*told], []
+    for end in ends:
         end()

@@ -13,11 +13,11 @@ import pytest
 
 def wheel_of(release: str) -> Path:
     home = os.environ.get("MEGATRON_WHEELS", "")
-    found = sorted(Path(home).glob(f"megatron_core-{release}-*.whl")) if home else []
+    if not home:
+        pytest.skip("no wheels of megatron-core: set MEGATRON_WHEELS, as make engines does")
+    found = sorted(Path(home).glob(f"megatron_core-{release}-*.whl"))
     if not found:
-        pytest.skip(
-            f"no wheel of megatron-core {release} in MEGATRON_WHEELS: run make engines online"
-        )
+        pytest.fail(f"no wheel of megatron-core {release} in MEGATRON_WHEELS: run make engines")
     return found[0]
 
 
