@@ -142,7 +142,7 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            self._guarded(lambda: self._after_dispatch(*known, result))
+            self._guarded(lambda: self._after_dispatch(known, result))
         return result
 
     def _begin_dispatch(self, given: dict[str, Any]) -> Any:
@@ -188,9 +188,8 @@ class BufferProbe:
             device=str(like.device) if like.is_cuda else None,
         )
 
-    def _after_dispatch(
-        self, call: Call, send: torch.Tensor, handle: Any, transfer: Any, later: bool, result: Any
-    ) -> None:
+    def _after_dispatch(self, known: Any, result: Any) -> None:
+        call, send, handle, transfer, later = known
         if handle is not None:
             before = self._sent[handle[-1]]
         else:
@@ -215,12 +214,11 @@ class BufferProbe:
         )
         result = original(*args, **kwargs)
         if known is not None:
-            self._guarded(lambda: self._after_combine(*known, result))
+            self._guarded(lambda: self._after_combine(known, result))
         return result
 
-    def _after_combine(
-        self, call: Call, transfer: Any, before: _Sent, later: bool, result: Any
-    ) -> None:
+    def _after_combine(self, known: Any, result: Any) -> None:
+        call, transfer, before, later = known
         # What was received goes back to where it came from.
         self._finish(
             result[-1], later, lambda: self._end(call, transfer, before.receive, before.send)

@@ -28,7 +28,7 @@ def when_waited(event: Any, end: Callable[[], None]) -> bool:
         told.append(end)
         return True
     try:
-        event.__class__ = _watched(type(event))
+        event.__class__ = _watched(type(event))  # type: ignore[arg-type]
     except TypeError:  # of C++, or with slots
         return False
     setattr(event, _END, [end])
