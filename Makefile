@@ -21,6 +21,11 @@ unexport PYTHONPATH
 BIN := .venv/bin
 STAMPS := .venv/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+# Megatron-Core: the release that is run, and those whose sources are read.
+MEGATRON ?= megatron-core==0.16.1
+MEGATRON_CHECKED ?= 0.17.1 0.18.2 0.19.0 0.19.2
+MEGATRON_STAMP := build/megatron/.installed-$(subst $() ,-,$(strip $(subst =,-,$(MEGATRON)) $(MEGATRON_CHECKED)))
+
 CHECKS := demo test kernel engines serving observatory grid mutants gates lint sanitize fuzz bench-record wheel pythons
 
 PYTHON_DIRS := dodoco_ext triton_kernels tests benchmarks setup.py
@@ -308,9 +313,6 @@ build/vllm-wheels/.downloaded: $(TORCH_STAMP)
 # Megatron-Core has no part in .venv: a folder that its tests alone put on their path, beside that torch.
 # Its own dependencies are torch and numpy; the rest is TensorBoard, as far as torch's writer needs it.
 # The wheels of other releases, for another Python, are only read (tests/engines/test_megatron_contract.py).
-MEGATRON ?= megatron-core==0.16.1
-MEGATRON_CHECKED ?= 0.17.1 0.18.2 0.19.0 0.19.2
-MEGATRON_STAMP := build/megatron/.installed-$(subst $() ,-,$(strip $(subst =,-,$(MEGATRON)) $(MEGATRON_CHECKED)))
 $(MEGATRON_STAMP): $(TORCH_STAMP) constraints.txt
 	@echo "installing $(MEGATRON) into build/megatron (once)"
 	@rm -rf build/megatron && mkdir -p build/megatron/wheels
