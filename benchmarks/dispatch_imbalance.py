@@ -189,6 +189,10 @@ def main() -> int:
     )
     asked = parser.parse_args()
     links = None
+    if asked.mbit is not None and asked.mbit <= 0:
+        parser.error(f"--mbit {asked.mbit:g}: give a rate above 0")
+    if asked.mbit and os.geteuid() != 0:
+        parser.error("--mbit makes network namespaces: run this as root, or without it")
     if asked.mbit:
         Links.enter()
         links = Links(asked.mbit)

@@ -156,6 +156,8 @@ def _paired(job: Job, model: Any, start: Any) -> dict[str, Any]:
         return time.perf_counter() - began, time.process_time() - began_cpu
 
     seconds: dict[str, list[tuple[float, float]]] = {"bare": [], "again": [], "captured": []}
+    if job.paired_blocks % 6:
+        raise ValueError(f"{job.paired_blocks} paired blocks: give a multiple of 6")
     orders = [*itertools.permutations(seconds)] * (job.paired_blocks // 6)
     random.Random(job.seed).shuffle(orders)  # the same in all ranks
     capture = start()  # once: a run opens its recording once

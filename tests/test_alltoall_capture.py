@@ -484,6 +484,14 @@ class TestDeepEP:
         assert np.array_equal(found.sent, [[5], [5]])
         assert np.array_equal(found.received, [[5], [5]])
 
+    def test_rows_from_each_rank_are_computed_once_a_dispatch(self) -> None:
+        buffer = deepep.Buffer(torch.tensor([[5]]), 0)
+        with dodoco.capture_alltoall(layers=1) as capture, Operators() as operators:
+            capture.observe_buffer(buffer)
+            deepep_round(buffer)
+            assert len(kinds(capture)) == 2
+        assert operators.seen.count("aten.sub.Tensor") == 1, operators.seen
+
     @pytest.mark.parametrize("parts", [6, 10])
     def test_rows_from_each_rank_come_from_prefix_sums(self, parts: int) -> None:
         from dodoco_ext.integrations.deepep import received
